@@ -1,0 +1,13 @@
+"""Exact per-sample norms and clipped sums of any torch model, in one backward pass.
+
+The unit is the torch *function* that a trainable parameter enters, not the module it lives in: so raw parameters, tied
+and reused weights, broadcast embeddings, subclassed layers and merged adapters need no support of their own.
+
+Reading order: ``engine`` (what a caller sees), ``recorder`` (what happens to one function), ``rules``, ``entries``,
+``book``; then ``observation`` and ``tracing`` (where the samples lie).
+"""
+
+from lightning_dp.bookkeeping.book import Book
+from lightning_dp.bookkeeping.engine import BookKeeping
+
+__all__ = ["Book", "BookKeeping"]

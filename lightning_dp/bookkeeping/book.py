@@ -1,0 +1,136 @@
+"""The book of one backward pass: for every parameter the entries of its per-sample gradients.
+
+Owns: filing, carrying entries of derived tensors back to their parameters, norms and clipped sums. Does not own: how
+entries arise (``rules``) or which factor clips them (``lightning_dp.clipping``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, inner
+
+
+@dataclass(eq=False)
+class Derived:
+    """A function of parameters alone, such as ``W.t()``, ``W + B @ A`` or an embedding of positions.
+
+    Args:
+        value: The tensor, with its autograd graph down to ``roots``.
+        roots: The leaves of the graph, by parameter name: detached copies that share the parameters' memory.
+        identity: How the observation recognises it.
+        source: What this is another view of, if an entry can pass to it unchanged or transposed.
+        transposed: Whether it is the transpose of ``source``.
+    """
+
+    value: Tensor
+    roots: dict[str, Tensor]
+    identity: Hashable
+    source: str | Derived | None = None
+    transposed: bool = False
+
+
+Target = str | Derived
+"""Where an entry is filed: the name of a parameter, or a derived tensor."""
+
+
+@dataclass
+class Book:
+    """Per-sample gradients of ``num_samples`` samples, of the scalar that was differentiated.
+
+    Guarantee: the norms and the sums come from the same entries, so what is clipped is what is added.
+    """
+
+    num_samples: int
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    derived: list[tuple[Derived, Entry]] = field(default_factory=list)
+
+    def file(self, target: Target, entry: Entry) -> None:
+        """Add an entry of a parameter or a derived tensor."""
+        while isinstance(target, Derived) and target.source is not None:
+            if target.transposed:
+                entry = entry.transposed() if isinstance(entry, Outer) else Dense(entry.dense().mT)
+            target = target.source
+        if isinstance(target, Derived):
+            self.derived.append((target, entry))
+        else:
+            self.entries.setdefault(target, []).append(entry)
+
+    def close(self) -> None:
+        """Carry the entries of all derived tensors back to their parameters by one vmapped backward pass."""
+        if not self.derived:
+            return
+        gradients: dict[Derived, Tensor] = {}
+        for tensor, entry in self.derived:
+            dense = entry.dense().reshape(self.num_samples, *tensor.value.shape)
+            gradients[tensor] = gradients[tensor] + dense if tensor in gradients else dense
+        self.derived.clear()
+        roots = {name: leaf for tensor in gradients for name, leaf in tensor.roots.items()}
+        values = [tensor.value for tensor in gradients]
+        upstream = [g.to(v.dtype) for v, g in zip(values, gradients.values(), strict=True)]
+        for name, g in zip(roots, batched_gradients(values, list(roots.values()), upstream), strict=True):
+            if g is not None:
+                self.file(name, Dense(g))
+
+    def norm_sq(self) -> Tensor:
+        """Return the squared norm of each sample's gradient over all parameters, shape ``[B]``."""
+        parts = [_norm_sq(entries) for entries in self.entries.values()]
+        if not parts:
+            return torch.zeros(self.num_samples)
+        return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
+
+    def weighted_sums(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return ``sum_i weight[i] * G_i`` per parameter; a sample of weight 0 adds exact zeros, even if it is NaN."""
+        keep = weight != 0
+        drop = not bool(keep.all())
+        sums: dict[str, Tensor] = {}
+        for name, entries in self.entries.items():
+            parts = [(e.where(keep) if drop else e).weighted_sum(weight) for e in entries]
+            sums[name] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return sums
+
+
+def _norm_sq(entries: Sequence[Entry]) -> Tensor:
+    """Return the squared norm of the sum of the entries of one parameter, cross terms included."""
+    own = [e.norm_sq() for e in entries]
+    if len(entries) == 1:
+        return own[0]
+    total = torch.stack(own).sum(0)
+    for i, e in enumerate(entries):
+        for f in entries[:i]:
+            total = total + 2 * inner(e, f)
+    most = torch.stack(own).sqrt().sum(0).square()
+    for i in (total < CANCELLATION * most).nonzero().flatten().tolist():
+        total[i] = _one_sample(entries, i).square().sum()
+    return total
+
+
+def _one_sample(entries: Sequence[Entry], i: int) -> Tensor:
+    """Return the materialised gradient of sample ``i``."""
+    one = torch.zeros(entries[0].num_samples, dtype=torch.bool)
+    one[i] = True
+    one = one.to(entries[0].device)
+    return torch.stack([e.where(one).weighted_sum(one.to(torch.float64)) for e in entries]).sum(0)
+
+
+def batched_gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradients of ``inputs`` for a batch of output gradients ``upstream``, each ``[B, *output.shape]``."""
+    with torch.enable_grad():
+        try:
+            return list(
+                torch.autograd.grad(
+                    outputs, inputs, upstream, is_grads_batched=True, allow_unused=True, retain_graph=True
+                )
+            )
+        except RuntimeError:  # an operator without a batching rule: one backward pass per sample
+            rows = [
+                torch.autograd.grad(outputs, inputs, [u[i] for u in upstream], allow_unused=True, retain_graph=True)
+                for i in range(upstream[0].shape[0])
+            ]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]

@@ -1,0 +1,113 @@
+"""What a caller of the book-keeping sees: observe a model once, then record one pass after the other.
+
+Owns: the swap of the parameters' classes around each pass, and the check that no gradient escaped. Does not own: the
+loss, the batches, clipping or noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lightning_dp.bookkeeping.book import Book
+from lightning_dp.bookkeeping.interception import Handler, intercepting, swapped, without_interception
+from lightning_dp.bookkeeping.layout import Layouts
+from lightning_dp.bookkeeping.observation import Forward, observe
+from lightning_dp.bookkeeping.recorder import Recorder, escaped
+
+
+class BookKeeping:
+    """Per-sample gradients of the trained parameters of any model, unmodified.
+
+    Guarantee: after `close`, the book holds the exact gradient of every sample, or an error was raised. No parameter
+    has a ``.grad``, and outside the ``with`` blocks nothing is left on the model.
+
+    Args:
+        trained: The parameters whose gradients are kept, by name.
+        others: Further parameters that require a gradient but are not trained: they are treated as constants.
+
+    Example:
+        >>> keeping = BookKeeping(dict(model.named_parameters()))  # doctest: +SKIP
+        >>> keeping.observe(lambda samples: loss_of(batch_of(samples)))  # doctest: +SKIP
+        >>> with keeping.recording(num_samples=32):  # doctest: +SKIP
+        ...     loss_of(batch).backward()
+        >>> norm_sq = keeping.close().norm_sq()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, trained: Mapping[str, nn.Parameter], others: Mapping[str, nn.Parameter] | None = None
+    ) -> None:
+        self._trained = dict(trained)
+        self._swapped = [*trained.items(), *(others or {}).items()]
+        self._names = {id(parameter): name for name, parameter in trained.items()}
+        self._classes: dict[type, type] = {}
+        self._handler: Handler = _as_usual
+        self._layouts = Layouts()
+        self._recorder: Recorder | None = None
+
+    def trains(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether the trained parameters are exactly these."""
+        return {id(parameter) for parameter in parameters.values()} == set(self._names)
+
+    def observe(self, forward: Forward, varied: bool = True) -> None:
+        """Observe how the functions that the parameters enter use the samples; see ``observation``.
+
+        Args:
+            forward: Runs the forward pass on the samples named by a string: ``"aab"`` is a batch ``[a, a, b]``.
+            varied: Whether ``a`` and ``b`` differ.
+        """
+        self._layouts = observe(self._names, self._swap, forward, varied)
+
+    @contextmanager
+    def recording(self, num_samples: int | None = None) -> Iterator[None]:
+        """Record what runs inside: the forward pass of ``num_samples`` samples, or its backward pass without it."""
+        if num_samples is not None:
+            self._recorder = Recorder(self._names, self._layouts, num_samples)
+        if self._recorder is None:
+            raise RuntimeError("recording() without a number of samples continues a pass, and none was begun")
+        with self._swap(self._recorder.dispatch):
+            yield
+
+    def close(self) -> Book:
+        """End the pass and return its book.
+
+        Raises:
+            UnsupportedModelError: If autograd computed the gradient of a trained parameter past the book.
+        """
+        if self._recorder is None:
+            raise RuntimeError("close() ends a pass, and none was begun")
+        recorder, self._recorder = self._recorder, None
+        for name, parameter in self._trained.items():
+            if parameter.grad is not None:
+                parameter.grad = None
+                raise escaped(name)
+        recorder.check_escapes()
+        recorder.book.close()
+        return recorder.book
+
+    def abandon(self) -> None:
+        """Drop an unfinished pass."""
+        self._recorder = None
+
+    @contextmanager
+    def _swap(self, handler: Handler) -> Iterator[None]:
+        self._handler = handler
+        try:
+            with swapped(self._swapped, self._class_for):
+                yield
+        finally:
+            self._handler = _as_usual
+
+    def _class_for(self, base: type) -> type:
+        if base not in self._classes:
+            self._classes[base] = intercepting(base, lambda *call: self._handler(*call))
+        return self._classes[base]
+
+
+def _as_usual(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a function that came late, from a copy made while the class was swapped."""
+    with without_interception():
+        return func(*args, **kwargs)

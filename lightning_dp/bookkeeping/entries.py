@@ -1,0 +1,193 @@
+"""Entries of the book: per-sample gradients that are not materialised unless that is cheaper.
+
+Owns: the three forms of a per-sample gradient, their inner products and their weighted sums. Does not own: where an
+entry comes from (``rules``) or which parameter it belongs to (``book``).
+
+Book-keeping, arXiv 2210.00038: with layer inputs ``a`` and output gradients ``g``, the gradient of sample ``i`` is
+``G_i = sum_t g_it a_it^T``, and ``||G_i||^2 = <A_i A_i^T, g_i g_i^T>`` (the "ghost norm") needs no ``G_i``.
+
+Shapes: B samples, T positions of one sample, d inputs, p outputs, V rows of a table.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+_TRAFFIC = 60
+"""How many multiply-adds one written-and-read element of a kept per-sample gradient is worth (measured on a CPU)."""
+
+_MAX_KEPT = 2**28
+"""Largest number of elements of a per-sample gradient that is kept (1 GiB in float32)."""
+
+CANCELLATION = 1e-4
+"""Below this share of its largest possible value a ghost norm has lost too many digits and is found again densely."""
+
+
+class Entry(ABC):
+    """The gradients of one parameter for each of B samples, from one use of the parameter."""
+
+    g: Tensor
+    """What came back through the graph, samples first."""
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return self.g.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entry lies."""
+        return self.g.device
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Return the materialised gradients, shape ``[B, *parameter.shape]``."""
+
+    @abstractmethod
+    def weighted_sum(self, weight: Tensor) -> Tensor:
+        """Return ``sum_i weight[i] * G_i``, shape ``[*parameter.shape]``, for weights of shape ``[B]``."""
+
+    @abstractmethod
+    def where(self, keep: Tensor) -> Entry:
+        """Return the entry with the samples outside the mask ``keep`` (shape ``[B]``) replaced by exact zeros."""
+
+    def norm_sq(self) -> Tensor:
+        """Return the squared norm of every sample's gradient, shape ``[B]``."""
+        return self.dense().flatten(1).square().sum(1)
+
+
+class Dense(Entry):
+    """A materialised gradient ``g`` of shape ``[B, *parameter.shape]``: biases, norms, whatever has no rule."""
+
+    def __init__(self, g: Tensor) -> None:
+        self.g = accurate(g)
+
+    def dense(self) -> Tensor:
+        return self.g
+
+    def weighted_sum(self, weight: Tensor) -> Tensor:
+        return torch.tensordot(weight.to(self.g), self.g, 1)
+
+    def where(self, keep: Tensor) -> Dense:
+        return Dense(_masked(self.g, keep))
+
+
+class Outer(Entry):
+    """The gradient ``G_i[p, d] = sum_t g[i, t, p] * a[i, t, d]`` of a matrix product.
+
+    Args:
+        a: what multiplies the columns, ``[B, T, d]``.
+        g: what multiplies the rows, ``[B, T, p]``.
+    """
+
+    def __init__(self, a: Tensor, g: Tensor) -> None:
+        self.a, self.g = _same_dtype(a, g)
+        self._kept: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        if self._kept is None:
+            self._kept = torch.bmm(self.g.mT, self.a)
+        return self._kept
+
+    def norm_sq(self) -> Tensor:
+        if not self._ghost_is_cheaper():
+            return super().norm_sq()
+        norm_sq, most = _gram(self.a, self.g)
+        # The terms of the Gram sum may cancel; a norm that is small only after cancellation is found densely.
+        cancelled = (norm_sq < CANCELLATION * most).nonzero().flatten().tolist()
+        for i in cancelled:
+            norm_sq[i] = (self.g[i].t() @ self.a[i]).square().sum()
+        return norm_sq
+
+    def weighted_sum(self, weight: Tensor) -> Tensor:
+        if self._kept is not None:
+            return torch.tensordot(weight.to(self._kept), self._kept, 1)
+        scale = weight.to(self.g)[:, None, None]
+        a, g = (self.a, self.g * scale) if self.g.shape[-1] <= self.a.shape[-1] else (self.a * scale, self.g)
+        return g.flatten(0, 1).t() @ a.flatten(0, 1)
+
+    def where(self, keep: Tensor) -> Outer:
+        return Outer(_masked(self.a, keep), _masked(self.g, keep))
+
+    def transposed(self) -> Outer:
+        """Return the entry of the transposed parameter."""
+        return Outer(self.g, self.a)
+
+    def _ghost_is_cheaper(self) -> bool:
+        (batch, positions, d), p = self.a.shape, self.g.shape[-1]
+        return batch * d * p > _MAX_KEPT or positions**2 * (d + p) <= _TRAFFIC * d * p
+
+
+class Rows(Entry):
+    """The gradient of a table of V rows, of which row ``index[i, t]`` receives ``g[i, t]``.
+
+    Args:
+        index: ``[B, T]``, integers in ``[0, V)``.
+        g: ``[B, T, d]``.
+        num_rows: V.
+    """
+
+    def __init__(self, index: Tensor, g: Tensor, num_rows: int) -> None:
+        self.index, self.g, self.num_rows = index, accurate(g), num_rows
+
+    def dense(self) -> Tensor:
+        batch, _, d = self.g.shape
+        zeros = self.g.new_zeros(batch, self.num_rows, d)
+        return zeros.scatter_add_(1, self.index[:, :, None].expand_as(self.g), self.g)
+
+    def norm_sq(self) -> Tensor:
+        same_row = self.index[:, :, None] == self.index[:, None, :]
+        # Positions of one row are added before the square, so that no cancellation can hide in the Gram matrix.
+        merged = torch.bmm(same_row.to(self.g.dtype), self.g).square().sum(-1)
+        return (merged / same_row.sum(-1)).sum(1)
+
+    def weighted_sum(self, weight: Tensor) -> Tensor:
+        g = (self.g * weight.to(self.g)[:, None, None]).flatten(0, 1)
+        return g.new_zeros(self.num_rows, g.shape[-1]).index_add_(0, self.index.flatten(), g)
+
+    def where(self, keep: Tensor) -> Rows:
+        return Rows(self.index, _masked(self.g, keep), self.num_rows)
+
+
+def inner(e: Entry, f: Entry) -> Tensor:
+    """Return the inner product of two different entries of one parameter for every sample, shape ``[B]``."""
+    if isinstance(e, Outer) and isinstance(f, Outer) and _pair_is_cheaper(e, f):
+        return (torch.bmm(e.a, f.a.mT) * torch.bmm(e.g, f.g.mT)).sum((1, 2))
+    if isinstance(e, Rows) and isinstance(f, Rows):
+        return (torch.bmm(e.g, f.g.mT) * (e.index[:, :, None] == f.index[:, None, :])).sum((1, 2))
+    if isinstance(e, Outer) and isinstance(f, Rows):
+        e, f = f, e
+    if isinstance(e, Rows) and isinstance(f, Outer):  # an embedding and an output head that share their weight
+        index = e.index[:, None, :].expand(-1, f.g.shape[1], -1)
+        return (torch.gather(f.g, 2, index) * torch.bmm(f.a, e.g.mT)).sum((1, 2))
+    return (e.dense().flatten(1) * f.dense().flatten(1)).sum(1)
+
+
+def accurate(t: Tensor) -> Tensor:
+    """Return ``t`` in float32 if it is stored in 16 bits: a norm summed in 16 bits is no bound."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    a, g = accurate(a), accurate(g)
+    dtype = torch.promote_types(a.dtype, g.dtype)
+    return a.to(dtype), g.to(dtype)
+
+
+def _pair_is_cheaper(e: Outer, f: Outer) -> bool:
+    (batch, t, d), p = e.a.shape, e.g.shape[-1]
+    return batch * d * p > _MAX_KEPT or t * f.a.shape[1] * (d + p) <= _TRAFFIC * d * p
+
+
+def _gram(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared ghost norm and the largest value it could have without cancellation, each ``[B]``."""
+    aa, gg = torch.bmm(a, a.mT), torch.bmm(g, g.mT)
+    diagonal = aa.diagonal(dim1=1, dim2=2) * gg.diagonal(dim1=1, dim2=2)
+    return (aa * gg).sum((1, 2)), diagonal.clamp(min=0).sqrt().sum(1).square()
+
+
+def _masked(t: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros((), dtype=t.dtype, device=t.device))

@@ -1,0 +1,187 @@
+"""Seeing the torch functions that a trainable parameter enters, and nothing else.
+
+Owns: the swap of a parameter's class and the identity (`Tap`) that receives an output gradient. Does not own: what is
+done with a function that was seen (``recorder``, ``observation``).
+
+PyTorch swaps the class of a parameter itself (``UninitializedParameter.materialize``). The swap is not thread-local,
+so the recomputation of activation checkpointing in a backward thread is seen too. Outside the ``with`` block of
+`swapped` every parameter has its own class again: nothing is left on the user's module.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from lightning_dp.errors import UnsupportedModelError
+
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+without_interception = torch._C.DisableTorchFunctionSubclass
+"""Context in which torch functions run as if no class had been swapped."""
+
+_NOT_DIFFERENTIATED = {
+    "__deepcopy__", "__format__", "__reduce_ex__", "__repr__", "__set__", "detach", "is_shared", "numpy", "pin_memory",
+    "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "share_memory_",
+}  # fmt: skip
+
+_DIFFERENTIABLE_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}
+
+_IN_PLACE_OPERATORS = {
+    f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor")
+} | {"__setitem__"}
+
+_CONTAINERS = (list, tuple, dict)
+
+_COMPOSITES = {F.multi_head_attention_forward}
+"""Functions written in Python over functions with rules: stepped into, so that only their parts are seen."""
+
+
+def intercepting(base: type[Tensor], handler: Handler) -> type[Tensor]:
+    """Return a subclass of ``base`` whose torch functions go to ``handler(function, args, kwargs)``."""
+
+    def __torch_function__(  # noqa: N807
+        cls: type, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _COMPOSITES:
+            return _without_own_override(func)(*args, **(kwargs or {}))
+        return handler(func, args, kwargs or {})
+
+    namespace = {"__torch_function__": classmethod(__torch_function__), "__module__": __name__}
+    return type(base)(f"Seen{base.__name__}", (base,), namespace)
+
+
+@contextmanager
+def swapped(parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[[type], type]) -> Iterator[None]:
+    """Give every named parameter the class ``class_for(its class)`` and its own class back at the end.
+
+    Raises:
+        UnsupportedModelError: If a parameter is not initialised yet or has a ``__torch_function__`` of its own.
+    """
+    originals: list[tuple[nn.Parameter, type]] = []
+    try:
+        for name, parameter in parameters:
+            own = type(parameter)
+            _check_swappable(name, own)
+            originals.append((parameter, own))
+            parameter.__class__ = class_for(own)
+        yield
+    finally:
+        for parameter, own in originals:
+            parameter.__class__ = own
+
+
+def _check_swappable(name: str, own: type) -> None:
+    if issubclass(own, nn.parameter.UninitializedTensorMixin):
+        raise UnsupportedModelError(
+            f"parameter '{name}' is not initialised yet ({own.__name__}): run one forward pass of the lazy module "
+            "before the fit, for example in configure_model()."
+        )
+    if own.__torch_function__ is not nn.Parameter.__torch_function__:
+        raise UnsupportedModelError(
+            f"parameter '{name}' is a {own.__name__} with a __torch_function__ of its own, so the functions that it "
+            "enters cannot be seen: freeze it (requires_grad_(False)) or make it a plain torch.nn.Parameter."
+        )
+
+
+class Tap(torch.autograd.Function):
+    """The identity on the outputs of one function; hands their gradients to ``record`` in the backward pass.
+
+    What ``record`` needs of the forward pass goes through ``save_for_backward``, so that activation checkpointing can
+    drop and recompute it. The ``anchor`` only makes the outputs require a gradient.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, record: Callable[..., None], num_outputs: int, anchor: Tensor, *tensors: Tensor
+    ) -> Any:
+        outputs, saved = tensors[:num_outputs], tensors[num_outputs:]
+        ctx.record, ctx.num_saved = record, len(saved)
+        ctx.save_for_backward(*saved)
+        # detach(), not view_as(): the result is no view, so that in-place activations may follow, and it shares the
+        # version counter, so that autograd still notices when they overwrite what somebody saved.
+        taps = tuple(t.detach() for t in outputs)
+        return taps[0] if num_outputs == 1 else taps
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        saved = ctx.saved_tensors  # may recompute a checkpointed forward pass, which must be seen
+        with torch.no_grad(), without_interception():
+            ctx.record(*gradients, *saved)
+        return (None, None, None, *gradients, *[None] * ctx.num_saved)
+
+
+def function_name(func: Callable[..., Any]) -> str | None:
+    """Return the name of a torch function; ``None`` if it is never differentiated (``p.shape``, ``p.detach()``)."""
+    name: str = getattr(func, "__name__", type(func).__name__)
+    if name in _NOT_DIFFERENTIATED:
+        return None
+    if name == "__get__":
+        attribute: str = getattr(getattr(func, "__self__", None), "__name__", "")
+        return attribute if attribute in _DIFFERENTIABLE_ATTRIBUTES else None
+    return name
+
+
+def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the leaves of the arguments of a function, in a fixed order."""
+    leaves = [*args, *kwargs.values()] if kwargs else list(args)
+    if any(isinstance(leaf, _CONTAINERS) for leaf in leaves):
+        return tree_flatten((args, kwargs))[0]
+    return leaves
+
+
+def map_leaves(
+    change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with every leaf changed."""
+    if any(isinstance(leaf, _CONTAINERS) for leaf in (*args, *kwargs.values())):
+        return tree_map(change, args), tree_map(change, kwargs)
+    return tuple(change(leaf) for leaf in args), {name: change(leaf) for name, leaf in kwargs.items()}
+
+
+def float_outputs(result: Any) -> tuple[Tensor, ...]:
+    """Return the outputs of a function that can have a gradient."""
+    outputs = result if isinstance(result, tuple | list) else (result,)
+    return tuple(t for t in outputs if isinstance(t, Tensor) and t.is_floating_point())
+
+
+def with_float_outputs(result: Any, replacements: Iterable[Tensor]) -> Any:
+    """Return ``result`` with the tensors that `float_outputs` names replaced."""
+    fresh = iter(replacements)
+    if not isinstance(result, tuple | list):
+        return next(fresh)
+    return type(result)([next(fresh) if isinstance(t, Tensor) and t.is_floating_point() else t for t in result])
+
+
+def is_in_place(name: str) -> bool:
+    """Whether the function writes into its first argument."""
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
+
+
+@functools.cache
+def out_of_place(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that leaves its first argument alone and returns what ``func`` would have made of it."""
+
+    def twin(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = first.clone()
+        func(result, *args, **kwargs)
+        return result
+
+    return twin
+
+
+@functools.cache
+def _without_own_override(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same Python function with its own override check switched off."""
+    scope = dict(func.__globals__, has_torch_function=lambda *_: False)
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy

@@ -1,0 +1,84 @@
+"""One use of a trainable parameter by one torch function, as a rule sees it.
+
+Owns: the questions a rule may ask. Does not own: the rules themselves (``rules``) or the dispatch (``recorder``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dp.bookkeeping.axes import SampleAxis, Split
+from lightning_dp.bookkeeping.book import Book, Target
+from lightning_dp.bookkeeping.entries import Entry
+from lightning_dp.bookkeeping.layout import Layout
+from lightning_dp.bookkeeping.random_state import RandomState
+
+File = Callable[[Entry], None]
+
+Recording = tuple[Callable[..., None], list[Tensor]]
+"""What a rule returns: ``record(*output_gradients, *saved)`` for the backward pass, and the tensors to save for it.
+
+``record`` must hold no tensor of the forward pass itself: what is saved may be dropped and recomputed."""
+
+Rule = Callable[..., Recording | None]
+"""``rule(operation, *args, **kwargs)`` with the arguments of the torch function; ``None`` where it does not apply."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a function.
+
+    Args:
+        func: The function.
+        args: Its positional arguments, swapped parameters and derived tensors included.
+        kwargs: Its keyword arguments.
+        leaves: The leaves of both, in the order of ``layout.leaves``.
+        layout: Where the samples lie.
+        book: Where entries go.
+        target_of: Tells the target of a leaf, ``None`` for anything that is not trained.
+        plain: Returns the argument as an ordinary detached tensor, anything else unchanged.
+        random_state: The state of the random number generators before the call, if the function draws from them.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[Any]
+    layout: Layout
+    book: Book
+    target_of: Callable[[Any], Target | None]
+    plain: Callable[[Any], Any]
+    random_state: RandomState | None = None
+
+    def filing(self, argument: Any) -> File | None:
+        """Return a function that files an entry of this argument, or ``None`` if the argument is not trained."""
+        target = self.target_of(argument)
+        if target is None:
+            return None
+        book = self.book
+        return lambda entry: book.file(target, entry)
+
+    def axis(self, argument: Tensor) -> SampleAxis | None:
+        """Return the sample axis of an argument."""
+        at = next(k for k, leaf in enumerate(self.leaves) if leaf is argument)
+        return self.layout.leaves[at]
+
+    def split(self, argument: Tensor) -> Split | None:
+        """Return the split of an argument into samples, or ``None`` if it carries none."""
+        return self._splitter(self.axis(argument))
+
+    def split_output(self, at: int = 0) -> Split:
+        """Return the split of an output (and of its gradient) into samples."""
+        split = self._splitter(self.layout.outputs[at])
+        assert split is not None, "a rule is only asked where the output carries samples"
+        return split
+
+    def _splitter(self, axis: SampleAxis | None) -> Split | None:
+        if axis is None:
+            return None
+        num_samples = self.book.num_samples
+        return lambda t: axis.split(t, num_samples)

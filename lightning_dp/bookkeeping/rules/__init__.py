@@ -1,0 +1,46 @@
+"""Rules: for one torch function, which entries its output gradient makes for the parameters that entered it.
+
+A rule takes an `Operation` and the function's own arguments, says what must be saved, and returns the function that
+files entries in the backward pass. A function without a rule goes through ``generic``, which is exact for any function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_dp.bookkeeping.operation import Rule
+from lightning_dp.bookkeeping.rules.broadcast import broadcast
+from lightning_dp.bookkeeping.rules.convolution import convolution, transposed_convolution
+from lightning_dp.bookkeeping.rules.embedding import embedding
+from lightning_dp.bookkeeping.rules.linear import addmm, linear, matmul
+from lightning_dp.bookkeeping.rules.normalization import group_norm, layer_norm, rms_norm
+
+_RULES: dict[Callable[..., Any], Rule] = {
+    F.linear: linear,
+    torch.addmm: addmm,
+    torch.matmul: matmul,
+    Tensor.matmul: matmul,
+    Tensor.__matmul__: matmul,
+    Tensor.expand: broadcast,
+    torch.broadcast_to: broadcast,
+    F.embedding: embedding,
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    F.rms_norm: rms_norm,
+    F.conv1d: convolution,
+    F.conv2d: convolution,
+    F.conv3d: convolution,
+    F.conv_transpose1d: transposed_convolution,
+    F.conv_transpose2d: transposed_convolution,
+    F.conv_transpose3d: transposed_convolution,
+}
+
+
+def find_rule(func: Callable[..., Any]) -> Rule | None:
+    """Return the rule of a torch function, or ``None``."""
+    return _RULES.get(func)

@@ -1,0 +1,144 @@
+"""The rule for every function without one of its own: exact for any differentiable function.
+
+Two ways, both a vector-Jacobian product of the one function with the output gradient of one sample at a time:
+
+- *sliced*: the function runs on the rows of one sample, vmapped over the samples. Needs a function none of whose
+  arguments counts samples and that draws nothing at random.
+- *masked*: the function runs once more on the whole batch, and its graph is traversed with the output gradient of each
+  sample in turn, the others set to zero. Needs nothing; B times the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_dp.bookkeeping.axes import SampleAxis
+from lightning_dp.bookkeeping.book import batched_gradients
+from lightning_dp.bookkeeping.entries import Dense
+from lightning_dp.bookkeeping.interception import float_outputs
+from lightning_dp.bookkeeping.layout import Kind
+from lightning_dp.bookkeeping.operation import File, Operation, Recording
+from lightning_dp.bookkeeping.random_state import replaying
+
+Outputs = tuple[Tensor, ...]
+
+
+def generic(operation: Operation) -> Recording:
+    """File the per-sample gradients of every trained argument of any function."""
+    replay = _Replay(operation)
+    layout, num_samples = operation.layout, operation.book.num_samples
+    axes = [layout.leaves[k] for k in replay.tensors_at] if layout.leaves else [None] * len(replay.tensors_at)
+    sliceable = layout.sliceable and layout.kind is Kind.PER_SAMPLE and None not in layout.outputs
+    sliceable = sliceable and not layout.random
+
+    def record(*tensors: Tensor) -> None:
+        count = len(tensors) - len(axes)
+        gradients, saved = tensors[:count], tensors[count:]
+        if sliceable:
+            rows = _sliced(replay, saved, axes, gradients, layout.outputs, num_samples)
+        else:
+            rows = _masked(replay, saved, gradients, layout.outputs, num_samples)
+        for file, g in zip(replay.files, rows, strict=True):
+            if g is not None:
+                file(Dense(g))
+
+    return record, replay.saved
+
+
+class _Replay:
+    """A function to be run again with other tensors in the place of its own.
+
+    Args:
+        operation: The call to repeat.
+    """
+
+    def __init__(self, operation: Operation) -> None:
+        leaves, self._spec = tree_flatten((operation.args, operation.kwargs))
+        self._func = operation.func
+        self._autocast, self._random_state = _autocast_now(), operation.random_state
+        filings = [operation.filing(leaf) for leaf in leaves]
+        self._trained_at = [k for k, file in enumerate(filings) if file is not None]
+        self.files: list[File] = [file for file in filings if file is not None]
+        self.tensors_at = [k for k, t in enumerate(leaves) if isinstance(t, Tensor) and filings[k] is None]
+        self.saved: list[Tensor] = [leaves[k] for k in self.tensors_at]
+        self.trained: list[Tensor] = [operation.plain(leaves[k]) for k in self._trained_at]
+        held = {*self.tensors_at, *self._trained_at}
+        self._constants = [None if k in held else leaf for k, leaf in enumerate(leaves)]
+
+    def __call__(self, trained: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> Outputs:
+        leaves = list(self._constants)
+        for at, value in zip((*self._trained_at, *self.tensors_at), (*trained, *others), strict=True):
+            leaves[at] = value
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        with ExitStack() as stack:
+            stack.enter_context(replaying(self._random_state))
+            for context in self._autocast():
+                stack.enter_context(context)
+            return float_outputs(self._func(*args, **kwargs))
+
+
+def _sliced(
+    replay: _Replay,
+    saved: tuple[Tensor, ...],
+    axes: list[SampleAxis | None],
+    gradients: tuple[Tensor, ...],
+    output_axes: tuple[SampleAxis | None, ...],
+    num_samples: int,
+) -> tuple[Tensor | None, ...]:
+    def one(slices: list[Tensor], g: list[Tensor]) -> tuple[Tensor, ...]:
+        rest = iter(slices)
+        others = tuple(t if axis is None else next(rest) for t, axis in zip(saved, axes, strict=True))
+        outputs, pull = vjp(lambda *trained: replay(trained, others), *replay.trained)
+        return tuple(pull(tuple(gi.to(o.dtype) for gi, o in zip(g, outputs, strict=True))))
+
+    slices = [axis.split(t, num_samples) for t, axis in zip(saved, axes, strict=True) if axis is not None]
+    upstream = [axis.split(g, num_samples) for g, axis in zip(gradients, output_axes, strict=True) if axis is not None]
+    result: tuple[Tensor, ...] = vmap(one)(slices, upstream)
+    return result
+
+
+def _masked(
+    replay: _Replay,
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor, ...],
+    output_axes: tuple[SampleAxis | None, ...],
+    num_samples: int,
+) -> list[Tensor | None]:
+    trained = tuple(t.detach().requires_grad_() for t in replay.trained)
+    with torch.enable_grad():
+        outputs = replay(trained, tuple(t.detach() for t in saved))
+    used = [k for k, t in enumerate(outputs) if t.requires_grad]
+    upstream = [_one_at_a_time(gradients[k], _axis(output_axes, k), num_samples) for k in used]
+    return batched_gradients([outputs[k] for k in used], trained, upstream)
+
+
+def _one_at_a_time(g: Tensor, axis: SampleAxis | None, num_samples: int) -> Tensor:
+    """Return ``[B, *g.shape]``: for every sample, ``g`` with the rows of all others zero, or its share of a sum."""
+    if axis is None:
+        return (g / num_samples).expand(num_samples, *g.shape)
+    split = axis.split(g, num_samples)
+    alone = torch.diag_embed(split.movedim(0, -1)).movedim((-2, -1), (0, 1))  # [B, B, ..., rows, ...]
+    if axis.rows_outermost:
+        return alone.movedim(1, axis.dim + 2).flatten(axis.dim + 1, axis.dim + 2)
+    return alone.movedim(1, axis.dim + 1).flatten(axis.dim + 1, axis.dim + 2)
+
+
+def _axis(axes: tuple[SampleAxis | None, ...], at: int) -> SampleAxis | None:
+    return axes[at] if axes else None
+
+
+def _autocast_now() -> Callable[[], list[AbstractContextManager[Any]]]:
+    """Return the autocast state of the forward pass, as contexts to enter again in the backward pass."""
+    states = [
+        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    ]
+    return lambda: [torch.autocast(device, dtype, enabled, cache_enabled=False) for device, dtype, enabled in states]
