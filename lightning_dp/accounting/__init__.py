@@ -1,0 +1,43 @@
+"""Accounting: what was released, and an upper bound on the epsilon it cost.
+
+Owns: the ledger of releases, its journal on disk, the accountants, and the searches over them. Does not own: noise,
+sampling or the decision to stop; nothing here knows PyTorch or Lightning.
+
+The guarantee accounted for is ``P[M(D) in S] <= e^epsilon P[M(D') in S] + delta`` (Dwork et al. 2006) for data sets
+that differ by one example. Reading order: ``phases``, ``base``, ``rdp``, ``losses``, ``prv``, ``calibration``,
+``curve``, ``ledger``, ``journal``.
+"""
+
+from lightning_dp.accounting.accountants import resolve_accountant
+from lightning_dp.accounting.base import Accountant
+from lightning_dp.accounting.calibration import (
+    MAX_RELEASES,
+    calibrate_noise_multiplier,
+    compute_epsilon,
+    max_further_releases,
+    max_steps,
+)
+from lightning_dp.accounting.curve import EpsilonTable, epsilon_curve
+from lightning_dp.accounting.journal import Journal
+from lightning_dp.accounting.ledger import Ledger
+from lightning_dp.accounting.phases import Phase, merge_phases
+from lightning_dp.accounting.prv import PRVAccountant
+from lightning_dp.accounting.rdp import RDPAccountant
+
+__all__ = [
+    "MAX_RELEASES",
+    "Accountant",
+    "EpsilonTable",
+    "Journal",
+    "Ledger",
+    "PRVAccountant",
+    "Phase",
+    "RDPAccountant",
+    "calibrate_noise_multiplier",
+    "compute_epsilon",
+    "epsilon_curve",
+    "max_further_releases",
+    "max_steps",
+    "merge_phases",
+    "resolve_accountant",
+]

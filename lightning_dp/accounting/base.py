@@ -1,0 +1,70 @@
+"""The accountant: an upper bound on epsilon for a history of releases.
+
+Owns: the abstract :class:`Accountant` and the cases every accountant answers alike. Does not own: any particular bound
+(``rdp``, ``prv``), nor the search for a noise multiplier or a number of steps (``calibration``).
+
+A history is ``(epsilon, delta)``-differentially private if ``sup_S P[M(D) in S] - e^epsilon P[M(D') in S] <= delta``
+for all neighbouring ``D, D'`` (Dwork et al. 2006), here: one is the other plus one example.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from scipy.special import erf
+
+from lightning_dp.accounting.phases import Phase, check_delta, merge_phases
+
+
+class Accountant(ABC):
+    """An upper bound on epsilon for composed releases of the Poisson-sampled Gaussian mechanism.
+
+    Guarantee:
+        ``epsilon(phases, delta)`` is at least the true epsilon of the composition of all phases at ``delta``, under
+        adding or removing one example, provided that (1) every logical batch is a fresh Poisson sample, (2) noise and
+        clipping are as the phases say, (3) noise, rate and number of releases do not depend on what was released.
+
+        ============================== =========
+        case                           epsilon
+        ============================== =========
+        no release                     0
+        any release with noise 0       ``inf``
+        total variation below delta    0
+        ============================== =========
+    """
+
+    name: str
+    """What the user writes to choose it."""
+
+    def epsilon(self, phases: Sequence[Phase], delta: float) -> float:
+        """An upper bound on epsilon of everything in ``phases``.
+
+        Args:
+            phases: Runs of equal releases, in any order.
+            delta: Probability in (0, 1) with which epsilon may be exceeded.
+
+        Returns:
+            Epsilon in nats, at least 0.
+
+        Raises:
+            PrivacyConfigurationError: If ``delta`` does not lie in (0, 1).
+        """
+        delta = check_delta("delta", delta)
+        merged = tuple(sorted(merge_phases(phases), key=lambda phase: phase.kind))
+        if any(phase.noise_multiplier == 0 for phase in merged):
+            return math.inf
+        if _total_variation(merged) <= delta:
+            return 0.0
+        return max(0.0, self._epsilon(merged, delta))
+
+    @abstractmethod
+    def _epsilon(self, phases: tuple[Phase, ...], delta: float) -> float:
+        """The bound itself; the phases are distinct, sorted, not empty and all noisy."""
+
+
+def _total_variation(phases: Sequence[Phase]) -> float:
+    """A bound on the total variation distance, which is delta at epsilon 0, by the triangle inequality."""
+    return sum(
+        phase.num_releases * phase.sample_rate * float(erf(1 / (phase.noise_multiplier * math.sqrt(8))))
+        for phase in phases
+    )

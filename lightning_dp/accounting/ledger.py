@@ -1,0 +1,152 @@
+"""The ledger: every release ever made by a run, through checkpoints, resumes and crashes.
+
+Owns: the history of releases and its serialisation. Does not own: epsilon (``base``), files (``journal``).
+
+A ledger is a grow-only counter (Shapiro et al. 2011, specification 6): one segment per process that makes releases,
+only ever extended by that process, and two histories join by the greater count,
+``join(a, b)[segment, kind] = max(a[segment, kind], b[segment, kind])``, so that no order of loading loses a release.
+"""
+
+import os
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_dp.accounting.phases import Kind, Phase, merge_phases
+from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
+
+_VERSION = 1
+
+Segment = dict[Kind, int]
+
+
+class Ledger:
+    """An append-only history of releases.
+
+    Guarantee:
+        ``num_releases`` never decreases, and ``phases`` covers every release booked here or in any merged state.
+
+        ================================== ==============================================
+        case                               effect
+        ================================== ==============================================
+        an older checkpoint is merged      nothing is lost: the greater count stays
+        a checkpoint in a fresh process    its releases count, new ones are added to them
+        the same state merged twice        counts once
+        a copy, a pickle, a forked process goes on in a segment of its own
+        ================================== ==============================================
+    """
+
+    def __init__(self) -> None:
+        """Start an empty history."""
+        self._segments: dict[str, Segment] = {}
+        self._own: tuple[int, str] | None = None
+
+    @property
+    def own_segment(self) -> str:
+        """The random id of this process's segment, drawn when first needed."""
+        # A forked process must not extend its parent's segment: of two histories of one id only the greater counts.
+        if self._own is None or self._own[0] != os.getpid():
+            self._own = os.getpid(), uuid.uuid4().hex
+            self._segments[self._own[1]] = {}
+        return self._own[1]
+
+    @property
+    def segment_ids(self) -> frozenset[str]:
+        """The ids of all processes that took part in this history."""
+        return frozenset(self._segments)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """All releases, one phase for each distinct noise and rate."""
+        return merge_phases(
+            Phase(*kind, count) for segment in self._segments.values() for kind, count in segment.items()
+        )
+
+    @property
+    def num_releases(self) -> int:
+        """The number of all releases."""
+        return sum(sum(segment.values()) for segment in self._segments.values())
+
+    def book(self, noise_multiplier: float, sample_rate: float) -> None:
+        """Enter one release, before it is made.
+
+        Args:
+            noise_multiplier: Noise standard deviation divided by the sensitivity of the sum.
+            sample_rate: Probability with which an example entered the logical batch.
+
+        Raises:
+            PrivacyConfigurationError: If a value is out of range.
+        """
+        kind = Phase(noise_multiplier, sample_rate, 1).kind
+        own = self._segments[self.own_segment]
+        own[kind] = own.get(kind, 0) + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history as plain values that JSON keeps.
+
+        This process's segment is there even before its first release, so that a journal written later is recognised
+        as the continuation of this very state.
+        """
+        self._segments.setdefault(self.own_segment, {})
+        segments = {
+            name: [[*kind, count] for kind, count in segment.items()] for name, segment in self._segments.items()
+        }
+        return {"version": _VERSION, "segments": segments}
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Join a history from :meth:`state_dict`; every count becomes the greater of both.
+
+        Args:
+            state: What ``state_dict`` returned, here or in another process.
+
+        Raises:
+            PrivacyError: If ``state`` is of another version or malformed; the ledger is then unchanged.
+        """
+        for name, loaded in _parse(state).items():
+            segment = self._segments.setdefault(name, {})
+            for kind, count in loaded.items():
+                segment[kind] = max(count, segment.get(kind, 0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the history, but not the right to extend this process's segment."""
+        return {"_segments": {name: dict(segment) for name, segment in self._segments.items()}, "_own": None}
+
+
+def _parse(state: Mapping[str, Any]) -> dict[str, Segment]:
+    """The segments of a state, or an error that says what is wrong with it."""
+    if not isinstance(state, Mapping) or "version" not in state:
+        raise PrivacyError(f"This is no privacy ledger: {_shown(state)} has no 'version'.")
+    if state["version"] != _VERSION:
+        raise PrivacyError(
+            f"The privacy ledger is of version {_shown(state['version'])}; this library reads version {_VERSION}. "
+            "Load it with the library that wrote it."
+        )
+    segments = state.get("segments")
+    if not isinstance(segments, Mapping):
+        raise PrivacyError(f"The privacy ledger is malformed: segments={_shown(segments)}, expected a mapping.")
+    return {_parse_name(name): _parse_segment(name, rows) for name, rows in segments.items()}
+
+
+def _parse_name(name: object) -> str:
+    """A segment id."""
+    if not isinstance(name, str) or not name:
+        raise PrivacyError(f"The privacy ledger is malformed: segment id {_shown(name)}, expected a string.")
+    return name
+
+
+def _parse_segment(name: str, rows: object) -> Segment:
+    """One segment: a list of ``[noise_multiplier, sample_rate, num_releases]``."""
+    try:
+        phases = merge_phases(Phase(*row) for row in rows)  # type: ignore[attr-defined]
+    except (TypeError, PrivacyConfigurationError) as error:
+        raise PrivacyError(
+            f"The privacy ledger is malformed: segment {name!r} is {_shown(rows)}, expected a list of "
+            f"[noise_multiplier, sample_rate, num_releases] ({error})"
+        ) from error
+    return {phase.kind: phase.num_releases for phase in phases}
+
+
+def _shown(value: object) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
