@@ -1,0 +1,185 @@
+"""Poisson sampling: one batch that Lightning sees is one logical batch.
+
+Owns: the draws and their division into physical batches. Does not own: what is done with a batch (``strategies``), or
+the checks of the user's dataloader (``checks``).
+
+Each example is in a logical batch with probability q, independently of all others and of all other batches (arXiv
+1908.10530, definition 3). A logical batch of any size is processed in physical batches of bounded size. The loader yields
+the first of them as an ordinary batch and hands out the others one by one, so that only two are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_dp.errors import PrivacyError
+
+
+@dataclass(frozen=True)
+class PhysicalBatch:
+    """A batch as the user's ``collate_fn`` made it.
+
+    Args:
+        data: The batch.
+        num_rows: How many samples it has: B.
+        num_real: How many of them were drawn: B, or 0 for the phantom sample of an empty draw.
+    """
+
+    data: Any
+    num_rows: int
+    num_real: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What is known of a physical batch when it is drawn."""
+
+    num_rows: int
+    num_real: int
+    is_last: bool
+
+
+class PoissonLoader:
+    """Draws logical batches from the dataset of an ordinary dataloader.
+
+    Guarantee: the draws are independent and each example has probability ``sample_rate``, if ``generator`` is secret.
+
+    Args:
+        loader: The user's dataloader: gives the dataset, ``collate_fn`` and the workers.
+        sample_rate: q in (0, 1].
+        num_batches: Logical batches in one epoch.
+        max_physical_batch_size: The most examples of a physical batch.
+        generator: Where the draws come from.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        *,
+        sample_rate: float,
+        num_batches: int,
+        max_physical_batch_size: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.dataset = loader.dataset
+        self.num_examples = len(loader.dataset)  # type: ignore[arg-type]
+        self.sample_rate, self.max_physical_batch_size = sample_rate, max_physical_batch_size
+        self._num_batches, self._generator = num_batches, generator
+        self._chunks: deque[_Chunk] = deque()
+        self._rest: Iterator[PhysicalBatch] | None = None
+        self._delivered: _Chunk | None = None
+        self._collate: Callable[[list[Any]], Any] = loader.collate_fn
+        self._inner = _with_batches(loader, _Draws(self._draw_chunks))
+
+    def __len__(self) -> int:
+        """Return the number of logical batches in one epoch."""
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the first physical batch of every logical batch."""
+        self._chunks.clear()
+        physical = iter(self._inner)
+        for _ in range(self._num_batches):
+            data = next(physical)
+            self._delivered = self._chunks.popleft()
+            rest = self._rest = self._after(self._delivered, physical)
+            yield data
+            for _ in rest:  # a batch that was skipped leaves its others behind
+                pass
+
+    def take(self) -> tuple[_Chunk, Iterator[PhysicalBatch]]:
+        """Return the sizes of the batch yielded last, and the other physical batches of its logical batch.
+
+        Raises:
+            PrivacyError: If they were taken before: one draw must be used for one release only.
+        """
+        if self._delivered is None or self._rest is None:
+            raise PrivacyError(
+                "a second training step was asked for on one draw of examples, which is accounted for one release. "
+                "Optimizers and hooks that run the closure more than once per batch cannot be trained privately."
+            )
+        delivered, rest = self._delivered, self._rest
+        self._delivered = None
+        return delivered, rest
+
+    def batch_of(self, indices: list[int]) -> Any:
+        """Return a batch of the examples at these indices, made by the user's ``collate_fn``."""
+        fetched = {i: self._fetch(i) for i in set(indices)}
+        return self._collate([copy.deepcopy(fetched[i]) for i in indices])  # collating may change a sample
+
+    def draw(self) -> list[int]:
+        """Return the indices of one logical batch."""
+        chosen = torch.rand(self.num_examples, generator=self._generator, dtype=torch.float64) < self.sample_rate
+        return chosen.nonzero().flatten().tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the draws are independent, so an epoch can be resumed anywhere."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing; see `state_dict`."""
+
+    def _fetch(self, index: int) -> Any:
+        many = getattr(self.dataset, "__getitems__", None)
+        return many([index])[0] if callable(many) else self.dataset[index]
+
+    def _draw_chunks(self) -> Iterator[list[int]]:
+        """Yield the indices of physical batches and note their sizes in the order of the draws."""
+        for _ in range(self._num_batches):
+            chosen = self.draw()
+            chunks = _even_chunks(chosen, self.max_physical_batch_size)
+            for k, chunk in enumerate(chunks):
+                self._chunks.append(_Chunk(max(len(chunk), 1), len(chunk), k == len(chunks) - 1))
+                yield chunk or [0]  # an empty draw: a phantom sample, which is given the weight zero
+
+    def _after(self, chunk: _Chunk, physical: Iterator[Any]) -> Iterator[PhysicalBatch]:
+        while not chunk.is_last:
+            data = next(physical)
+            chunk = self._chunks.popleft()
+            yield PhysicalBatch(data, chunk.num_rows, chunk.num_real)
+
+
+class _Draws:
+    """The batch sampler of the inner dataloader."""
+
+    def __init__(self, draw: Callable[[], Iterator[list[int]]]) -> None:
+        self._draw = draw
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._draw()
+
+
+def _even_chunks(indices: list[int], most: int) -> list[list[int]]:
+    """Divide into as few chunks of at most ``most`` as possible, of nearly equal size; at least one chunk."""
+    count = max(1, math.ceil(len(indices) / most))
+    size, longer = divmod(len(indices), count)
+    starts = [k * size + min(k, longer) for k in range(count + 1)]
+    return [indices[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def _with_batches(loader: DataLoader[Any], batches: _Draws) -> DataLoader[Any]:
+    """Return the user's dataloader with other batches; a plain one, as every setting of it is an attribute."""
+    workers = (
+        {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
+        if loader.num_workers > 0
+        else {}
+    )
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        **workers,
+    )

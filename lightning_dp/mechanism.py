@@ -1,0 +1,35 @@
+"""The mechanism of one run: everything that sampler, clipping, noise and accountant must agree on.
+
+Owns: the numbers. Does not own: any of the parts that use them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_dp.clipping import Clipping
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The Poisson-sampled Gaussian mechanism of a run; add-or-remove-one neighbouring relation.
+
+    Guarantee: it is frozen and there is one of it, so the sampler draws at the rate that the accountant counts, and the
+    noise has the scale of the clipping's sensitivity.
+
+    Args:
+        noise_multiplier: Standard deviation of the noise on the sum, divided by the sensitivity.
+        clipping: Bounds each sample's gradient.
+        sample_rate: q, the probability of each example to be in a logical batch, in (0, 1].
+        expected_batch_size: q N; the sum is divided by it, never by the number drawn, which is private.
+    """
+
+    noise_multiplier: float
+    clipping: Clipping
+    sample_rate: float
+    expected_batch_size: float
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on each coordinate of the sum."""
+        return self.noise_multiplier * self.clipping.sensitivity

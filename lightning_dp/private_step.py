@@ -1,0 +1,99 @@
+"""One private step: clipped sums are collected, then released with noise.
+
+Owns: the buffers of the clipped sums, and ``.grad``. Does not own: how gradients of samples are found (``bookkeeping``),
+when a step ends (``strategies``) or what it costs (``accounting``). Knows nothing of Lightning.
+
+DP-SGD, arXiv 1607.00133, algorithm 1, with Poisson sampling and division by the *expected* batch size:
+``grad = (sum_i clip(g_i) + N(0, (noise_multiplier * sensitivity)^2)) / expected_batch_size``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.bookkeeping import Book
+from lightning_dp.mechanism import Mechanism
+from lightning_dp.noise import GaussianNoise
+
+
+class PrivateStep:
+    """Collects the clipped sums of a logical batch and releases them.
+
+    Guarantee: `release` writes a ``.grad`` to every trained parameter, noise included, whatever was collected:
+
+    | logical batch | what is released |
+    |---|---|
+    | empty draw | noise |
+    | a sample with a gradient that is not finite | the others, and noise |
+    | a parameter that no sample used | noise |
+
+    Args:
+        parameters: The trained parameters, by name.
+        mechanism: Clipping, noise and expected batch size.
+        noise: Where noise is drawn.
+        mean_loss: Whether the loss is the mean over a physical batch, rather than the sum.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        mechanism: Mechanism,
+        noise: GaussianNoise,
+        *,
+        mean_loss: bool = True,
+    ) -> None:
+        self._parameters, self._mechanism, self._noise = dict(parameters), mechanism, noise
+        self._mean_loss = mean_loss
+        self._sums: dict[str, Tensor] = {}
+        self._logical_batches = 0
+
+    @property
+    def num_pending(self) -> int:
+        """Logical batches begun since the last release."""
+        return self._logical_batches
+
+    def begin(self) -> None:
+        """Begin a logical batch: no gradient of an earlier one is left."""
+        self._logical_batches += 1
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def collect(self, book: Book, num_real: int) -> None:
+        """Clip the gradients of a physical batch and add them to the sums.
+
+        Args:
+            book: The gradients of the loss for each sample.
+            num_real: The number of samples that were drawn; any further one is a phantom and adds nothing.
+        """
+        # The book holds gradients of the loss: of a mean, each sample's own gradient is B times as long.
+        scale = book.num_samples if self._mean_loss else 1
+        norm = book.norm_sq().sqrt() * scale
+        real = torch.arange(book.num_samples, device=norm.device) < num_real
+        weight = torch.where(real, self._mechanism.clipping.factor(norm), torch.zeros_like(norm)) * scale
+        for name, clipped in book.weighted_sums(weight).items():
+            self._sums[name] = self._sums[name] + clipped if name in self._sums else clipped
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Write the noisy gradient of the logical batch to every parameter. Book it in the ledger first."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = self._released(parameter, self._sums.pop(name, None))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what was collected."""
+        self._sums.clear()
+        self._logical_batches = 0
+
+    def _released(self, parameter: Tensor, clipped: Tensor | None) -> Tensor:
+        if self._mechanism.noise_std > 0:
+            total = self._noise.draw(parameter, self._mechanism.noise_std)
+        else:
+            total = torch.zeros_like(parameter, dtype=torch.float64)
+        if clipped is not None:
+            total += clipped
+        return total.div_(self._mechanism.expected_batch_size).to(parameter.dtype)

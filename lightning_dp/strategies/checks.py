@@ -1,0 +1,123 @@
+"""What cannot be trained privately as it stands: refused before the first step, each with the way out.
+
+Owns: the refusals about trainer, model, optimizer and loss. Does not own: those about the data (``data.checks``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
+
+_TUNERS = ("LearningRateFinder", "BatchSizeFinder", "_LRCallback")
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Raise if a setting of the trainer does not go with a private fit."""
+    if trainer.world_size != 1:
+        raise PrivacyConfigurationError(
+            f"devices={trainer.num_devices}, num_nodes={trainer.num_nodes}: DPStrategy trains on one device. Use devices=1."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise PrivacyConfigurationError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: expected 1. The dataloader's batch_size is the "
+            "expected logical batch; bound the memory by DPStrategy(max_physical_batch_size=...) instead."
+        )
+    if str(trainer.precision).startswith("16"):
+        raise PrivacyConfigurationError(
+            f"precision={trainer.precision!r}: gradients in float16 overflow and are skipped by their content, while the "
+            "skipped step still counts. Use precision='bf16-mixed'."
+        )
+    if trainer.overfit_batches:
+        raise PrivacyConfigurationError(
+            f"overfit_batches={trainer.overfit_batches}: fixed batches are no Poisson sample. Use overfit_batches=0, and "
+            "limit_train_batches or a smaller dataset to try something quickly."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).__name__ in _TUNERS:
+            raise PrivacyConfigurationError(
+                f"{type(callback).__name__} trains on private data to choose a setting and then rolls the model back, but "
+                "not what was released. Choose learning rate and batch size on public data."
+            )
+
+
+def check_module(module: pl.LightningModule) -> None:
+    """Raise if the LightningModule cannot be trained privately whatever the data."""
+    if not module.automatic_optimization:
+        raise PrivacyConfigurationError(
+            f"{type(module).__name__} sets automatic_optimization=False: expected automatic optimization, in which one "
+            "training step is one release. Return the loss from training_step and leave backward and step to Lightning."
+        )
+    for name, layer in module.named_modules():
+        _check_statistics(name, layer)
+
+
+def _check_statistics(name: str, layer: nn.Module) -> None:
+    """Raise for a layer whose output or buffers depend on other samples of the batch."""
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        at_fault = layer.training and layer.track_running_stats
+    else:
+        at_fault = isinstance(layer, nn.modules.batchnorm._NormBase) and (layer.training or layer.running_mean is None)
+    if not at_fault:
+        return
+    raise UnsupportedModelError(
+        f"layer '{name}' is a {type(layer).__name__} that uses or keeps statistics of the batch: its statistics over the batch make every sample "
+        "depend on the others, and its running statistics would be released without noise. Replace it by GroupNorm or "
+        "LayerNorm, or freeze it in evaluation mode with known statistics (layer.eval(), also after every model.train())."
+    )
+
+
+def check_optimizers(optimizers: Iterable[Optimizer | LightningOptimizer]) -> None:
+    """Raise if an optimizer needs more than one gradient per step."""
+    for optimizer in optimizers:
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if isinstance(plain, LBFGS):
+            raise PrivacyConfigurationError(
+                "the optimizer LBFGS evaluates the loss several times per step, and every evaluation would be a release. "
+                "Use an optimizer with one gradient per step, such as SGD or Adam."
+            )
+
+
+def trained_parameters(
+    module: nn.Module, optimizers: Iterable[Optimizer]
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Return the parameters that are trained, and those that require a gradient without being trained, by name.
+
+    Raises:
+        PrivacyConfigurationError: If none is trained.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained: dict[str, nn.Parameter] = {}
+    for k, group in enumerate(groups):
+        for j, parameter in enumerate(group["params"]):
+            if parameter.requires_grad:
+                trained[names.get(id(parameter), f"optimizer.param_groups[{k}][{j}]")] = parameter
+    if not trained:
+        raise PrivacyConfigurationError(
+            f"no trainable parameter: none of the parameters given to the optimizer of {type(module).__name__} has "
+            "requires_grad=True. Unfreeze at least one."
+        )
+    held = {id(parameter) for parameter in trained.values()}
+    others = {n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in held}
+    return trained, others
+
+
+def check_loss(output: Any) -> None:
+    """Raise if what ``training_step`` returned is not a scalar loss."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None:
+        return
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
+        found = f"shape {tuple(loss.shape)} and {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise PrivacyConfigurationError(
+            f"training_step returned a loss with {found}: expected a scalar floating point tensor, the mean over the "
+            "batch (or the sum, with DPStrategy(loss_reduction='sum')) of one loss per sample. Use loss.mean()."
+        )

@@ -1,0 +1,330 @@
+"""`DPStrategy`: Lightning's hooks, in the order of a private step.
+
+Owns: which hook does what. Does not own: sampling (``data``), per-sample gradients (``bookkeeping``), clipping and noise
+(``private_step``), the budget (``budget``) or the checks (``checks``).
+
+One Lightning batch is one logical batch, so that ``global_step``, ``max_steps``, schedulers and progress bars count what
+they always count. Reading order of one step: `training_step`, `backward`, `optimizer_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_dp.accounting import Journal, Ledger
+from lightning_dp.bookkeeping import BookKeeping
+from lightning_dp.budget import PrivacyBudget
+from lightning_dp.data import PoissonLoader, check_dataloader
+from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
+from lightning_dp.mechanism import Mechanism
+from lightning_dp.noise import GaussianNoise, secret_generator
+from lightning_dp.private_step import PrivateStep
+from lightning_dp.strategies import checks
+from lightning_dp.strategies.observing import undisturbed
+from lightning_dp.strategies.planning import planned_steps
+from lightning_dp.strategies.settings import PrivacySettings
+
+CHECKPOINT_KEY = "lightning_dp"
+
+
+class DPStrategy(DDPStrategy):
+    """Trains any LightningModule with differential privacy, unchanged, by DP-SGD with per-sample clipping.
+
+    Each step draws every training example with probability ``batch_size / N`` (Poisson sampling), bounds each example's
+    gradient, adds Gaussian noise once and divides by the expected batch size:
+    ``grad = (sum_i clip(g_i) + noise) / batch_size``, noise std ``noise_multiplier * max_grad_norm`` per coordinate.
+
+    Guarantee: no parameter update depends on the training data except through the clipped, noised sum; the reported
+    epsilon is an upper bound on what all releases of the run and its resumes have spent, for adding or removing one
+    example; ``target_epsilon`` is never exceeded. What cannot be trained so is refused with an error. Not covered: what
+    training steps log, callbacks that read the data, validation data, and choices made after looking at results.
+
+    Args:
+        target_epsilon: Budget in nats. Training never exceeds it; `PrivacyBudgetStopping` ends the fit before.
+        target_delta: Probability with which epsilon may fail; below 1/N. Default: 1 / (10 N).
+        noise_multiplier: Standard deviation of the noise divided by ``max_grad_norm``. Default: calibrated so that the
+            planned number of steps spends ``target_epsilon``. 0 trains without privacy, for debugging.
+        max_grad_norm: The largest L2 norm (not squared) of what one example adds to the sum of gradients.
+        clipping: ``"flat"`` shortens longer gradients to ``max_grad_norm``; ``"automatic"`` brings all near it.
+        max_physical_batch_size: The most examples processed at a time; changes memory and speed, never the result.
+            Default: the dataloader's batch size.
+        accountant: ``"prv"`` (tight) or ``"rdp"``.
+        loss_reduction: Whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` of one loss per sample.
+
+    Raises:
+        PrivacyConfigurationError: If an argument is out of range, or neither target nor noise is given.
+
+    Example:
+        >>> trainer = pl.Trainer(max_epochs=10, strategy=DPStrategy(target_epsilon=3.0))  # doctest: +SKIP
+        >>> trainer.fit(model, train_dataloader)  # doctest: +SKIP
+    """
+
+    strategy_name = "dp"
+
+    def __init__(
+        self,
+        *,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        noise_multiplier: float | None = None,
+        max_grad_norm: float = 1.0,
+        clipping: str = "flat",
+        max_physical_batch_size: int | None = None,
+        accountant: str = "prv",
+        loss_reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self._settings = PrivacySettings(
+            target_epsilon,
+            target_delta,
+            noise_multiplier,
+            max_grad_norm,
+            clipping,
+            max_physical_batch_size,
+            accountant,
+            loss_reduction,
+        )
+        self._ledger, self._journal = Ledger(), Journal()
+        self._noise, self._sampling = GaussianNoise(), secret_generator()
+        self._mechanism: Mechanism | None = None
+        self._budget: PrivacyBudget | None = None
+        self._loader: PoissonLoader | None = None
+        self._keeping: BookKeeping | None = None
+        self._step: PrivateStep | None = None
+        self._num_real = 0
+
+    # ---- what a user may ask -----------------------------------------------------------------------------------
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon spent by all releases so far, through resumes: an upper bound, in nats."""
+        return self.budget.epsilon if self._ledger.num_releases or self._budget else 0.0
+
+    @property
+    def delta(self) -> float | None:
+        """The delta that epsilon is for; ``None`` before the training data is known, if none was given."""
+        return self._budget.delta if self._budget else self._settings.target_delta
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """The noise multiplier, given or calibrated; ``None`` before it is calibrated."""
+        return self._mechanism.noise_multiplier if self._mechanism else self._settings.noise_multiplier
+
+    @property
+    def sample_rate(self) -> float | None:
+        """The probability of an example to be in a logical batch; ``None`` before the training data is known."""
+        return self._mechanism.sample_rate if self._mechanism else None
+
+    @property
+    def num_releases(self) -> int:
+        """Noisy releases made so far, through resumes."""
+        return self._ledger.num_releases
+
+    @property
+    def budget(self) -> PrivacyBudget:
+        """The budget of the present fit.
+
+        Raises:
+            PrivacyError: Before the fit has seen its training data.
+        """
+        if self._budget is None:
+            raise PrivacyError("the budget is known once a fit has seen its training data, and none has yet.")
+        return self._budget
+
+    # ---- setup: one process needs neither launcher nor process group -------------------------------------------
+
+    @property
+    def _is_single(self) -> bool:
+        return self.num_nodes * self.num_processes == 1
+
+    def _configure_launcher(self) -> None:
+        if not self._is_single:
+            super()._configure_launcher()
+
+    def setup_distributed(self) -> None:
+        """Set the ranks, and make no process group for a single process."""
+        if self._is_single:
+            self.set_world_ranks()
+        else:
+            super().setup_distributed()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Check what will be trained; never wrap it."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            checks.check_trainer(trainer)
+            checks.check_module(self._module)
+        Strategy.setup(self, trainer)
+        if fitting:
+            checks.check_optimizers(self.optimizers)
+            checks.trained_parameters(self._module, self.optimizers)
+
+    def _setup_model(self, model: Any) -> Any:
+        return model  # DDP's reducer would wait for gradients from autograd
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Replace the train dataloader by one that draws Poisson samples, and settle the mechanism."""
+        trainer = self._module.trainer
+        if trainer.state.stage != RunningStage.TRAINING:
+            return super().process_dataloader(dataloader)
+        loader = check_dataloader(dataloader)
+        planned = planned_steps(trainer, len(loader))
+        self._mechanism = self._settings.plan(loader, self.world_size, planned, self._ledger)
+        self._budget = PrivacyBudget(
+            self._mechanism,
+            self._settings.resolved_accountant(),
+            self._ledger,
+            self._journal,
+            delta=self._settings.delta(len(loader.dataset)),  # type: ignore[arg-type]
+            target_epsilon=self._settings.target_epsilon,
+            planned_steps=planned,
+        )
+        self._loader = PoissonLoader(
+            loader,
+            sample_rate=self._mechanism.sample_rate,
+            num_batches=len(loader),
+            max_physical_batch_size=self._settings.max_physical_batch_size or loader.batch_size or 1,
+            generator=self._sampling,
+        )
+        return self._loader
+
+    def on_train_start(self) -> None:
+        """Check that the loader whose draws are accounted is the one that Lightning iterates."""
+        super().on_train_start()
+        if self._module.trainer.train_dataloader is not self._loader:
+            raise PrivacyConfigurationError(
+                f"the train dataloader is a {type(self._module.trainer.train_dataloader).__name__} of several: expected one "
+                "DataLoader. Training on several datasets at once is not accounted for."
+            )
+        self._keeping = self._step = None
+
+    # ---- one logical batch -------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run all physical batches of a logical batch; the backward pass of the last one is left to Lightning."""
+        batch, *rest = args
+        assert self._loader is not None, "fit sets up the loader before its first step"
+        self.budget.check_next()
+        delivered, others = self._loader.take()
+        keeping = self._begin(batch, tuple(rest), kwargs)
+        for other in others:
+            data = self._transferred(other.data)
+            loss = self._forward(keeping, data, other.num_rows, other.num_real, rest, kwargs)
+            loss = loss.get("loss") if isinstance(loss, dict) else loss
+            if loss is not None:
+                self.backward(loss, self.optimizers[0])
+        return self._forward(keeping, batch, delivered.num_rows, delivered.num_real, rest, kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a backward pass and put the clipped gradients of its samples into the sums."""
+        assert self._keeping is not None and self._step is not None, "a forward pass comes first"
+        with self._keeping.recording():
+            loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        self._step.collect(self._keeping.close(), self._num_real)
+        return loss
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Release the noisy gradient after the closure, so that every later hook and the optimizer see only that."""
+
+        def private_closure() -> Any:
+            result = closure()
+            self.budget.book()
+            assert self._step is not None, "the closure ran a training step"
+            self._step.release()
+            return result
+
+        return super().optimizer_step(optimizer, private_closure, model, **kwargs)
+
+    def _begin(self, batch: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> BookKeeping:
+        """Begin a logical batch; on the first one, and when other parameters are trained, observe the model."""
+        trained, others = checks.trained_parameters(self._module, self.optimizers)
+        checks.check_module(self._module)
+        if self._keeping is None or self._step is None or not self._keeping.trains(trained):
+            assert self._mechanism is not None, "settled with the dataloader"
+            self._keeping = BookKeeping(trained, others)
+            self._observe(self._keeping, rest, kwargs)
+            mean_loss = self._settings.loss_reduction == "mean"
+            self._step = PrivateStep(trained, self._mechanism, self._noise, mean_loss=mean_loss)
+        if self._step.num_pending:
+            raise PrivacyError(
+                "the batch before was trained on but never released: an override of optimizer_step skipped "
+                "optimizer.step(closure). Call it for every batch; a skipped step would mix two draws of examples."
+            )
+        self._keeping.abandon()
+        self._step.begin()
+        return self._keeping
+
+    def _observe(self, keeping: BookKeeping, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._loader is not None
+        loader, second = self._loader, self._loader.num_examples // 2
+        index = {"a": 0, "b": second}
+
+        def forward(samples: str) -> None:
+            batch = self._transferred(loader.batch_of([index[s] for s in samples]))
+            checks.check_loss(super(DPStrategy, self).training_step(batch, *rest, **kwargs))
+
+        with undisturbed(self._module):
+            keeping.observe(forward, varied=second > 0)
+
+    def _forward(
+        self, keeping: BookKeeping, batch: Any, num_rows: int, num_real: int, rest: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        self._num_real = num_real
+        self._module.trainer._results.batch, self._module.trainer._results.batch_size = batch, None
+        with keeping.recording(num_rows):
+            output = super().training_step(batch, *rest, **kwargs)
+        checks.check_loss(output)
+        return output
+
+    def _transferred(self, batch: Any) -> Any:
+        """Do to a batch what Lightning does to those it fetches itself."""
+        batch = self.precision_plugin.convert_input(batch)
+        return self.batch_to_device(self._module._on_before_batch_transfer(batch, dataloader_idx=0), dataloader_idx=0)
+
+    # ---- what outlives the fit ---------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save the ledger in the checkpoint, and begin to keep the journal beside it."""
+        checkpoint[CHECKPOINT_KEY] = {"version": 1, "ledger": self._ledger.state_dict(), "delta": self.delta}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if Path(filepath).parent.is_dir():
+            self._journal.add_directory(Path(filepath).parent)
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint; to go on with a fit, also every release that it and the journals beside it know of."""
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        if self._module.trainer.state.fn == TrainerFn.FITTING:
+            if CHECKPOINT_KEY in checkpoint:
+                self._ledger.merge(checkpoint[CHECKPOINT_KEY]["ledger"])
+            self._journal.read(Path(checkpoint_path).parent, self._ledger)
+        return checkpoint
+
+    def teardown(self) -> None:
+        """Leave nothing on the module, and the exact number of releases on disk; also after an exception."""
+        if self._step is not None:
+            self._step.drop()
+        self._keeping = self._step = None
+        self._journal.close(self._ledger)
+        super().teardown()
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None, "the trainer connects the module first"
+        return self.lightning_module
+
+
+StrategyRegistry.register(DPStrategy.strategy_name, DPStrategy, description="Differentially private training")
