@@ -1,0 +1,27 @@
+"""Train any LightningModule with differential privacy: add ``DPStrategy`` to the ``Trainer``."""
+
+from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon, max_steps
+from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor
+from lightning_dp.errors import (
+    PrivacyBudgetExceeded,
+    PrivacyConfigurationError,
+    PrivacyError,
+    UnsupportedModelError,
+)
+from lightning_dp.strategies import DPStrategy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BiasOnlyFinetuning",
+    "DPStrategy",
+    "PrivacyBudgetExceeded",
+    "PrivacyBudgetStopping",
+    "PrivacyConfigurationError",
+    "PrivacyError",
+    "PrivacyMonitor",
+    "UnsupportedModelError",
+    "calibrate_noise_multiplier",
+    "compute_epsilon",
+    "max_steps",
+]

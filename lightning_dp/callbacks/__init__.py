@@ -1,0 +1,7 @@
+"""Callbacks: they observe, freeze, stop and report; none of them enforces privacy, the strategy does."""
+
+from lightning_dp.callbacks.bias_only_finetuning import BiasOnlyFinetuning
+from lightning_dp.callbacks.privacy_budget_stopping import PrivacyBudgetStopping
+from lightning_dp.callbacks.privacy_monitor import PrivacyMonitor
+
+__all__ = ["BiasOnlyFinetuning", "PrivacyBudgetStopping", "PrivacyMonitor"]

@@ -1,0 +1,44 @@
+"""`PrivacyMonitor`: shows the budget while a fit runs, and a summary at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_dp.callbacks.strategy import private_strategy
+from lightning_dp.summary import print_summary
+
+
+class PrivacyMonitor(pl.Callback):
+    """Logs ``privacy/epsilon`` and ``privacy/steps_left``, also on the progress bar, and prints a summary at the end.
+
+    ``privacy/epsilon`` is an upper bound looked up at the next of 64 knots, at most a few per cent above the exact one,
+    which the summary and ``strategy.epsilon`` give. ``privacy/steps_left`` is logged if there is a ``target_epsilon``.
+
+    Args:
+        summary: Whether to print the summary when the fit ends.
+    """
+
+    def __init__(self, summary: bool = True) -> None:
+        super().__init__()
+        self.summary = summary
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what is spent and what is left."""
+        budget = private_strategy(trainer, self).budget
+        self.log("privacy/epsilon", budget.epsilon_at_most, on_step=True, prog_bar=True, batch_size=1)
+        if budget.releases_left is not None:
+            self.log("privacy/steps_left", float(budget.releases_left), on_step=True, prog_bar=True, batch_size=1)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the summary."""
+        if self.summary:
+            self._print(trainer)
+
+    @rank_zero_only
+    def _print(self, trainer: pl.Trainer) -> None:
+        print_summary(private_strategy(trainer, self))

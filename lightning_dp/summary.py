@@ -1,0 +1,39 @@
+"""The table at the end of a fit.
+
+Owns: which numbers are shown, and how. Does not own: the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_dp.strategies import DPStrategy
+
+
+def print_summary(strategy: DPStrategy, metrics: Mapping[str, float] | None = None) -> None:
+    """Print what a private fit spent, and what it reached.
+
+    Args:
+        strategy: The strategy of the fit.
+        metrics: Further rows, such as test metrics.
+    """
+    table = Table(title="Privacy summary", show_header=False, title_justify="left")
+    for name, value in {**_rows(strategy), **{name: f"{value:.4f}" for name, value in (metrics or {}).items()}}.items():
+        table.add_row(name, value, style="bold" if name.startswith("epsilon") else None)
+    Console().print(table)
+
+
+def _rows(strategy: DPStrategy) -> dict[str, str]:
+    target = strategy.budget.target_epsilon
+    of_target = f" of {target:g}" if target is not None else ""
+    return {
+        "epsilon spent": f"{strategy.epsilon:.4f}{of_target}",
+        "delta": f"{strategy.delta:.3g}",
+        "steps (noisy releases)": f"{strategy.num_releases}",
+        "noise multiplier": f"{strategy.noise_multiplier:.4g}",
+        "sample rate": f"{strategy.sample_rate:.4g}",
+        "holds for": "adding or removing one training example",
+    }
