@@ -77,8 +77,8 @@ class PrivacyBudget:
         """
         if self.releases_left == 0:
             raise PrivacyBudgetExceeded(
-                f"the next step would exceed target_epsilon={self.target_epsilon}: {self._ledger.num_releases} releases "
-                f"have spent epsilon {self.epsilon:.4f} at delta {self.delta:g}. End the fit here "
+                f"the next step would exceed target_epsilon={self.target_epsilon}: {self._ledger.num_releases} "
+                f"releases have spent epsilon {self.epsilon:.4f} at delta {self.delta:g}. End the fit here "
                 "(PrivacyBudgetStopping does it), or give a larger target_epsilon or more noise for a new run."
             )
 
@@ -90,7 +90,7 @@ class PrivacyBudget:
         """
         self.check_next()
         noise, rate = self._mechanism.noise_multiplier, self._mechanism.sample_rate
-        block = max(1, (self.planned_steps or _FIRST_HORIZON) // 100)
+        block = max(1, self._ledger.num_releases // 100)  # what a crash may count too much: 1 %
         self._journal.reserve(self._ledger, noise, rate, block=block, cap=self.releases_left)
         self._ledger.book(noise, rate)
 

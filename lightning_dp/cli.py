@@ -9,8 +9,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_dp.callbacks import PrivacyBudgetStopping, PrivacyMonitor
 from lightning_dp.strategies import DPStrategy
@@ -24,9 +24,10 @@ class DPLightningCLI(LightningCLI):
     After a fit the model is tested, if there is test data, and one table shows what was spent and what was reached.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        defaults = {"strategy": {"class_path": "lightning_dp.DPStrategy"}, **(kwargs.pop("trainer_defaults", None) or {})}
-        super().__init__(*args, trainer_defaults=defaults, **kwargs)
+    def __init__(self, *args: Any, trainer_defaults: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        private = {"strategy": {"class_path": "lightning_dp.DPStrategy"}}
+        kwargs["trainer_defaults"] = private | (trainer_defaults or {})
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the default callbacks."""
@@ -44,12 +45,7 @@ class DPLightningCLI(LightningCLI):
             print_summary(self.trainer.strategy, metrics)
 
     def _has_test_data(self) -> bool:
-        sources = [self.model, self.datamodule]
-        return any(
-            type(source).test_dataloader is not base.test_dataloader
-            for source, base in zip(sources, (pl.LightningModule, pl.LightningDataModule), strict=True)
-            if source is not None
-        )
+        return any(is_overridden("test_dataloader", source) for source in (self.model, self.datamodule) if source)
 
 
 def main() -> None:

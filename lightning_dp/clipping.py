@@ -19,8 +19,8 @@ from lightning_dp.errors import PrivacyConfigurationError
 class Clipping(ABC):
     """Bounds each sample's gradient.
 
-    Guarantee: ``factor(norm) * norm <= sensitivity`` for every norm, up to the rounding of the norm's dtype. A norm that
-    is not finite has the factor 0: such a sample adds nothing, which the bound allows.
+    Guarantee: ``factor(norm) * norm <= sensitivity`` for every norm, up to the rounding of the norm's dtype. A norm
+    that is not finite has the factor 0: such a sample adds nothing, which the bound allows.
 
     Args:
         max_grad_norm: C > 0, the largest norm of what one sample adds to the sum.
@@ -32,7 +32,8 @@ class Clipping(ABC):
     def __init__(self, max_grad_norm: float = 1.0) -> None:
         if not (isinstance(max_grad_norm, int | float) and math.isfinite(max_grad_norm) and max_grad_norm > 0):
             raise PrivacyConfigurationError(
-                f"max_grad_norm={max_grad_norm!r}: expected a positive number, the largest norm of one sample's gradient."
+                f"max_grad_norm={max_grad_norm!r}: expected a positive number, the largest norm of one sample's "
+                "gradient."
             )
         self.max_grad_norm = float(max_grad_norm)
 

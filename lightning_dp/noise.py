@@ -3,8 +3,8 @@
 Owns: the generators and the precision of the draw. Does not own: the scale of the noise (``mechanism``).
 
 Guarantee: the seed comes from the operating system, is kept nowhere else and is independent of ``seed_everything``, so
-that nobody who knows a run's configuration or checkpoint can subtract its noise. Draws are in float64: a float32 draw on
-the CPU is made of 24-bit uniforms and never exceeds 5.77 standard deviations.
+that nobody who knows a run's configuration or checkpoint can subtract its noise. Draws are in float64: a float32 draw
+on the CPU is made of 24-bit uniforms and never exceeds 5.77 standard deviations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One private step: clipped sums are collected, then released with noise.
 
-Owns: the buffers of the clipped sums, and ``.grad``. Does not own: how gradients of samples are found (``bookkeeping``),
-when a step ends (``strategies``) or what it costs (``accounting``). Knows nothing of Lightning.
+Owns: the buffers of the clipped sums, and ``.grad``. Does not own: how gradients of samples are found
+(``bookkeeping``), when a step ends (``strategies``) or what it costs (``accounting``). Knows nothing of Lightning.
 
 DP-SGD, arXiv 1607.00133, algorithm 1, with Poisson sampling and division by the *expected* batch size:
 ``grad = (sum_i clip(g_i) + N(0, (noise_multiplier * sensitivity)^2)) / expected_batch_size``.

@@ -16,7 +16,8 @@ class BiasOnlyFinetuning(pl.Callback):
     """Freezes all parameters but the biases, and those that ``unfreeze`` names, before the optimizer is made.
 
     A bias needs no layer input for its gradient, so private training of biases costs what ordinary training of them
-    costs. The optimizer should be made of the parameters that require a gradient, or of all: frozen ones are left alone.
+    costs. The optimizer should be made of the parameters that require a gradient, or of all: frozen ones are left
+    alone.
 
     Args:
         unfreeze: Which parameters are trained as well, typically a new head: parts of dotted names (``"head"`` is
@@ -45,8 +46,8 @@ class BiasOnlyFinetuning(pl.Callback):
     def _check(self, named: dict[str, nn.Parameter]) -> None:
         if not any(map(is_bias, named)):
             raise PrivacyConfigurationError(
-                f"BiasOnlyFinetuning: none of the {len(named)} parameters is a bias, by a name that ends in 'bias'. Give "
-                "the layers biases, or train other parameters."
+                f"BiasOnlyFinetuning: none of the {len(named)} parameters is a bias, by a name that ends in 'bias'. "
+                "Give the layers biases, or train other parameters."
             )
         for pattern in self.unfreeze:
             if not any(matches(name, pattern) for name in named):

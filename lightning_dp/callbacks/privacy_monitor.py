@@ -30,9 +30,9 @@ class PrivacyMonitor(pl.Callback):
     ) -> None:
         """Log what is spent and what is left."""
         budget = private_strategy(trainer, self).budget
-        self.log("privacy/epsilon", budget.epsilon_at_most, on_step=True, prog_bar=True, batch_size=1)
+        pl_module.log("privacy/epsilon", budget.epsilon_at_most, on_step=True, prog_bar=True, batch_size=1)
         if budget.releases_left is not None:
-            self.log("privacy/steps_left", float(budget.releases_left), on_step=True, prog_bar=True, batch_size=1)
+            pl_module.log("privacy/steps_left", float(budget.releases_left), on_step=True, prog_bar=True, batch_size=1)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the summary."""

@@ -28,17 +28,19 @@ def check_dataloader(loader: object) -> DataLoader[object]:
         PrivacyConfigurationError: If that would not be what the loader's own settings ask for.
     """
     if not isinstance(loader, DataLoader):
-        raise PrivacyConfigurationError(f"the train dataloader is a {type(loader).__name__}: expected a DataLoader. {_HOW}.")
+        raise PrivacyConfigurationError(
+            f"the train dataloader is a {type(loader).__name__}: expected a DataLoader. {_HOW}."
+        )
     _check_dataset(loader.dataset)
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise PrivacyConfigurationError(
-            f"the train dataloader is a {type(loader).__name__}, which iterates in its own way, so its examples cannot be "
-            f"drawn independently. {_HOW}; what it does to a batch belongs in collate_fn."
+            f"the train dataloader is a {type(loader).__name__}, which iterates in its own way, so its examples "
+            f"cannot be drawn independently. {_HOW}; what it does to a batch belongs in collate_fn."
         )
-    if loader.batch_size is None or loader.batch_sampler is None:
-        raise PrivacyConfigurationError(f"batch_size=None: expected the expected batch size. {_HOW}.")
-    if type(loader.batch_sampler) is not BatchSampler:
+    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
         raise _wrong_sampler("batch_sampler", loader.batch_sampler)
+    if loader.batch_size is None:
+        raise PrivacyConfigurationError(f"batch_size=None: expected the expected batch size. {_HOW}.")
     _check_sampler(loader.sampler)
     return loader
 
@@ -46,8 +48,9 @@ def check_dataloader(loader: object) -> DataLoader[object]:
 def _check_dataset(dataset: Dataset[object]) -> None:
     if isinstance(dataset, IterableDataset):
         raise PrivacyConfigurationError(
-            f"the train dataset is an IterableDataset ({type(dataset).__name__}): Poisson sampling includes every example "
-            "with the same probability, which needs access by index. Expected a dataset with __getitem__ and __len__."
+            f"the train dataset is an IterableDataset ({type(dataset).__name__}): Poisson sampling includes every "
+            "example with the same probability, which needs access by index. Expected a dataset with __getitem__ and "
+            "__len__."
         )
     size = len(dataset) if hasattr(dataset, "__len__") else 0
     if size < 1:
@@ -60,14 +63,13 @@ def _check_sampler(sampler: object) -> None:
     original = sampler
     if isinstance(sampler, DistributedSampler) and type(sampler) is not DistributedSampler:
         original = getattr(sampler.dataset, "_sampler", sampler)  # Lightning wraps custom samplers so
-    replaces = isinstance(original, RandomSampler) and (original.replacement or original._num_samples is not None)
-    if type(original) not in (RandomSampler, SequentialSampler, DistributedSampler) or replaces:
+    if type(original) not in (RandomSampler, SequentialSampler, DistributedSampler):
         raise _wrong_sampler("sampler", original)
 
 
 def _wrong_sampler(argument: str, sampler: object) -> PrivacyConfigurationError:
     kind = "Sampler" if isinstance(sampler, Sampler) else "iterable"
     return PrivacyConfigurationError(
-        f"{argument}={type(sampler).__name__} ({kind}) chooses examples in its own way; the privacy accounting holds for "
-        f"Poisson sampling only, where each example is drawn with the same probability. {_HOW}, without {argument}."
+        f"{argument}={type(sampler).__name__} ({kind}) chooses examples in its own way; the privacy accounting holds "
+        f"for Poisson sampling only, where each example is drawn with the same probability. {_HOW}, without {argument}."
     )

@@ -4,8 +4,9 @@ Owns: the draws and their division into physical batches. Does not own: what is 
 the checks of the user's dataloader (``checks``).
 
 Each example is in a logical batch with probability q, independently of all others and of all other batches (arXiv
-1908.10530, definition 3). A logical batch of any size is processed in physical batches of bounded size. The loader yields
-the first of them as an ordinary batch and hands out the others one by one, so that only two are in memory at a time.
+1908.10530, definition 3). A logical batch of any size is processed in physical batches of bounded size. The loader
+yields the first of them as an ordinary batch and hands out the others one by one, so that only two are in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def _even_chunks(indices: list[int], most: int) -> list[list[int]]:
 
 def _with_batches(loader: DataLoader[Any], batches: _Draws) -> DataLoader[Any]:
     """Return the user's dataloader with other batches; a plain one, as every setting of it is an attribute."""
-    workers = (
+    workers: dict[str, Any] = (
         {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
         if loader.num_workers > 0
         else {}

@@ -23,28 +23,29 @@ def check_trainer(trainer: pl.Trainer) -> None:
     """Raise if a setting of the trainer does not go with a private fit."""
     if trainer.world_size != 1:
         raise PrivacyConfigurationError(
-            f"devices={trainer.num_devices}, num_nodes={trainer.num_nodes}: DPStrategy trains on one device. Use devices=1."
+            f"devices={trainer.num_devices}, num_nodes={trainer.num_nodes}: DPStrategy trains on one device. "
+            "Use devices=1."
         )
     if trainer.accumulate_grad_batches != 1:
         raise PrivacyConfigurationError(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: expected 1. The dataloader's batch_size is the "
-            "expected logical batch; bound the memory by DPStrategy(max_physical_batch_size=...) instead."
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: expected 1. The dataloader's batch_size is "
+            "the expected logical batch; bound the memory by DPStrategy(max_physical_batch_size=...) instead."
         )
     if str(trainer.precision).startswith("16"):
         raise PrivacyConfigurationError(
-            f"precision={trainer.precision!r}: gradients in float16 overflow and are skipped by their content, while the "
-            "skipped step still counts. Use precision='bf16-mixed'."
+            f"precision={trainer.precision!r}: gradients in float16 overflow and are skipped by their content, while "
+            "the skipped step still counts. Use precision='bf16-mixed'."
         )
-    if trainer.overfit_batches:
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise PrivacyConfigurationError(
-            f"overfit_batches={trainer.overfit_batches}: fixed batches are no Poisson sample. Use overfit_batches=0, and "
+            "overfit_batches is set: fixed batches are no Poisson sample. Use overfit_batches=0, and "
             "limit_train_batches or a smaller dataset to try something quickly."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if type(callback).__name__ in _TUNERS:
             raise PrivacyConfigurationError(
-                f"{type(callback).__name__} trains on private data to choose a setting and then rolls the model back, but "
-                "not what was released. Choose learning rate and batch size on public data."
+                f"{type(callback).__name__} trains on private data to choose a setting and then rolls the model back, "
+                "but not what was released. Choose learning rate and batch size on public data."
             )
 
 
@@ -68,9 +69,10 @@ def _check_statistics(name: str, layer: nn.Module) -> None:
     if not at_fault:
         return
     raise UnsupportedModelError(
-        f"layer '{name}' is a {type(layer).__name__} that uses or keeps statistics of the batch: its statistics over the batch make every sample "
-        "depend on the others, and its running statistics would be released without noise. Replace it by GroupNorm or "
-        "LayerNorm, or freeze it in evaluation mode with known statistics (layer.eval(), also after every model.train())."
+        f"layer '{name}' is a {type(layer).__name__} that uses or keeps statistics of the batch: they make every "
+        "sample depend on the others, and running statistics would be released without noise. Replace it by GroupNorm "
+        "or LayerNorm, or freeze it in evaluation mode with known statistics (layer.eval(), also after each "
+        "model.train())."
     )
 
 
@@ -80,8 +82,8 @@ def check_optimizers(optimizers: Iterable[Optimizer | LightningOptimizer]) -> No
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if isinstance(plain, LBFGS):
             raise PrivacyConfigurationError(
-                "the optimizer LBFGS evaluates the loss several times per step, and every evaluation would be a release. "
-                "Use an optimizer with one gradient per step, such as SGD or Adam."
+                "the optimizer LBFGS evaluates the loss several times per step, and each evaluation would be a "
+                "release. Use an optimizer with one gradient per step, such as SGD or Adam."
             )
 
 

@@ -1,10 +1,10 @@
 """`DPStrategy`: Lightning's hooks, in the order of a private step.
 
-Owns: which hook does what. Does not own: sampling (``data``), per-sample gradients (``bookkeeping``), clipping and noise
-(``private_step``), the budget (``budget``) or the checks (``checks``).
+Owns: which hook does what. Does not own: sampling (``data``), per-sample gradients (``bookkeeping``), clipping and
+noise (``private_step``), the budget (``budget``) or the checks (``checks``).
 
-One Lightning batch is one logical batch, so that ``global_step``, ``max_steps``, schedulers and progress bars count what
-they always count. Reading order of one step: `training_step`, `backward`, `optimizer_step`.
+One Lightning batch is one logical batch, so that ``global_step``, ``max_steps``, schedulers and progress bars count
+what they always count. Reading order of one step: `training_step`, `backward`, `optimizer_step`.
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ class DPStrategy(DDPStrategy):
         super().on_train_start()
         if self._module.trainer.train_dataloader is not self._loader:
             raise PrivacyConfigurationError(
-                f"the train dataloader is a {type(self._module.trainer.train_dataloader).__name__} of several: expected one "
-                "DataLoader. Training on several datasets at once is not accounted for."
+                f"the train dataloader is a {type(self._module.trainer.train_dataloader).__name__} of several: "
+                "expected one DataLoader. Training on several datasets at once is not accounted for."
             )
         self._keeping = self._step = None
 
@@ -225,7 +225,8 @@ class DPStrategy(DDPStrategy):
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run a backward pass and put the clipped gradients of its samples into the sums."""
-        assert self._keeping is not None and self._step is not None, "a forward pass comes first"
+        assert self._keeping is not None, "a forward pass comes first"
+        assert self._step is not None, "made together"
         with self._keeping.recording():
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         self._step.collect(self._keeping.close(), self._num_real)
@@ -284,7 +285,9 @@ class DPStrategy(DDPStrategy):
         self, keeping: BookKeeping, batch: Any, num_rows: int, num_real: int, rest: Any, kwargs: dict[str, Any]
     ) -> Any:
         self._num_real = num_real
-        self._module.trainer._results.batch, self._module.trainer._results.batch_size = batch, None
+        results = self._module.trainer._results
+        if results is not None:  # what Lightning does for the batches it fetches itself
+            results.batch, results.batch_size = batch, None
         with keeping.recording(num_rows):
             output = super().training_step(batch, *rest, **kwargs)
         checks.check_loss(output)

@@ -97,12 +97,13 @@ class PrivacySettings:
         Raises:
             PrivacyConfigurationError: If batch size, noise, target and steps do not go together.
         """
-        num_examples, expected = len(loader.dataset), (loader.batch_size or 0) * world_size  # type: ignore[arg-type]
+        num_examples, batch_size = len(loader.dataset), loader.batch_size or 0  # type: ignore[arg-type]
+        expected = batch_size * world_size
         if expected > num_examples:
             raise PrivacyConfigurationError(
-                f"batch_size={loader.batch_size} on {world_size} process(es) with N={num_examples} training examples: "
-                f"the sample rate would be {expected / num_examples:.3g}, expected at most 1. Use a batch_size of at most "
-                f"{num_examples // world_size}; the memory of a step is set by max_physical_batch_size."
+                f"batch_size={batch_size} on {world_size} process(es) with N={num_examples} training examples: "
+                f"the sample rate would be {expected / num_examples:.3g}, expected at most 1. Use a batch_size of at "
+                f"most {num_examples // world_size}; the memory of a step is set by max_physical_batch_size."
             )
         rate = expected / num_examples
         noise = self._noise(rate, self.delta(num_examples), planned_steps, ledger)
@@ -171,9 +172,9 @@ def _noise_so_far(ledger: Ledger, rate: float) -> float:
     if not same_rate:
         before = ", ".join(f"{phase.sample_rate:.6g}" for phase in ledger.phases)
         raise PrivacyConfigurationError(
-            f"the sample rate is now {rate:.6g} and was {before} in the {ledger.num_releases} releases made before: the "
-            "noise calibrated then does not fit. Use the same dataset and batch_size, or give noise_multiplier; earlier "
-            "releases are accounted in any case."
+            f"the sample rate is now {rate:.6g} and was {before} in the {ledger.num_releases} releases made before: "
+            "the noise calibrated then does not fit. Use the same dataset and batch_size, or give noise_multiplier; "
+            "earlier releases are accounted in any case."
         )
     return max(same_rate)
 

@@ -1,0 +1,1 @@
+"""Tests of lightning_dp.accounting; dp-accounting and brute force are the oracles."""

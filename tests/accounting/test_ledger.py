@@ -1,0 +1,163 @@
+"""The ledger never forgets: checked against a plain count of every release made."""
+
+import copy
+import json
+import math
+import os
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_dp.accounting import Ledger, Phase
+from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
+
+KINDS = [(1.0, 0.1), (0.5, 0.1), (1.0, 1.0)]
+# Two processes, each booking, and loading what the other (or itself) saved at some time before.
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("book"), st.integers(0, 1), st.sampled_from(KINDS)),
+        st.tuples(st.just("save"), st.integers(0, 1), st.none()),
+        st.tuples(st.just("load"), st.integers(0, 1), st.integers(0, 20)),
+    ),
+    max_size=40,
+)
+
+
+def book(ledger: Ledger, count: int, kind: tuple[float, float] = KINDS[0]) -> Ledger:
+    for _ in range(count):
+        ledger.book(*kind)
+    return ledger
+
+
+def total(ledger: Ledger) -> dict[tuple[float, float], int]:
+    return {phase.kind: phase.num_releases for phase in ledger.phases}
+
+
+def test_empty():
+    assert Ledger().num_releases == 0
+    assert Ledger().phases == ()
+
+
+def test_counts_by_kind():
+    ledger = book(book(book(Ledger(), 2), 1, KINDS[1]), 3)
+    assert ledger.num_releases == 6
+    assert ledger.phases == (Phase(1.0, 0.1, 5), Phase(0.5, 0.1, 1))
+
+
+def test_checkpoint_in_a_fresh_process():
+    saved = json.loads(json.dumps(book(Ledger(), 4).state_dict()))
+    fresh = Ledger()
+    fresh.merge(saved)
+    assert book(fresh, 3).num_releases == 7
+
+
+def test_older_checkpoint_in_the_same_process_loses_nothing():
+    ledger = book(Ledger(), 4)
+    saved = ledger.state_dict()
+    book(ledger, 5)
+    ledger.merge(saved)
+    assert book(ledger, 1).num_releases == 10
+
+
+def test_state_does_not_change_with_the_ledger():
+    ledger = book(Ledger(), 1)
+    saved = ledger.state_dict()
+    book(ledger, 1)
+    fresh = Ledger()
+    fresh.merge(saved)
+    assert fresh.num_releases == 1
+
+
+@given(ACTIONS)
+def test_two_processes_against_sets_of_releases(actions):
+    """Oracle: every release has a name; a process knows those it made and those in what it loaded."""
+    ledgers, known, saved, made = [Ledger(), Ledger()], [set(), set()], [], 0
+    for action, who, what in actions:
+        before = ledgers[who].num_releases
+        if action == "book":
+            ledgers[who].book(*what)
+            known[who].add((made, what))
+            made += 1
+        elif action == "save":
+            saved.append((json.dumps(ledgers[who].state_dict()), set(known[who])))
+        elif saved:
+            state, releases = saved[what % len(saved)]
+            ledgers[who].merge(json.loads(state))
+            known[who] |= releases
+        assert ledgers[who].num_releases >= before
+    for ledger, releases in zip(ledgers, known, strict=True):
+        assert ledger.num_releases == len(releases)
+        for kind in KINDS:
+            assert total(ledger).get(kind, 0) == sum(release[1] == kind for release in releases)
+
+
+STATES = st.dictionaries(
+    st.sampled_from("abc"),
+    st.lists(st.tuples(st.sampled_from([0.5, 1.0]), st.just(0.1), st.integers(0, 9)).map(list), max_size=3),
+    max_size=3,
+).map(lambda segments: {"version": 1, "segments": segments})
+
+
+@given(st.lists(STATES, max_size=4), st.randoms())
+@settings(max_examples=60)
+def test_merging_commutes_and_is_idempotent(states, random):
+    first, second = Ledger(), Ledger()
+    for state in states:
+        first.merge(state)
+    shuffled = states * 2
+    random.shuffle(shuffled)
+    for state in shuffled:
+        second.merge(state)
+    assert total(first) == total(second)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_separately(duplicate):
+    """Both make releases after the copy; a ledger that meets both counts all of them."""
+    ledger = book(Ledger(), 4)
+    twin = duplicate(ledger)
+    book(ledger, 2)
+    book(twin, 3)
+    assert (ledger.num_releases, twin.num_releases) == (6, 7)
+    ledger.merge(twin.state_dict())
+    assert ledger.num_releases == 9
+
+
+def test_forked_process_goes_on_separately(monkeypatch):
+    ledger = book(Ledger(), 2)
+    before = ledger.own_segment
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert ledger.own_segment != before
+    assert book(ledger, 1).num_releases == 3
+
+
+@pytest.mark.parametrize("kind", [(-1.0, 0.1), (math.nan, 0.1), (1.0, 0.0)])
+def test_bad_release(kind):
+    with pytest.raises(PrivacyConfigurationError, match="expected"):
+        Ledger().book(*kind)
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        (None, r"no privacy ledger: None has no 'version'"),
+        ({}, r"no privacy ledger: \{\} has no 'version'"),
+        ({"version": 2, "segments": {}}, r"version 2; this library reads version 1"),
+        ({"version": 1}, r"segments=None, expected a mapping"),
+        ({"version": 1, "segments": [1]}, r"segments=\[1\], expected a mapping"),
+        ({"version": 1, "segments": {3: []}}, r"segment id 3, expected a string"),
+        ({"version": 1, "segments": {"": []}}, r"segment id '', expected a string"),
+        ({"version": 1, "segments": {"a": 5}}, r"segment 'a' is 5, expected a list"),
+        ({"version": 1, "segments": {"a": [[1.0, 0.1]]}}, r"segment 'a' is \[\[1.0, 0.1\]\], expected a list"),
+        ({"version": 1, "segments": {"a": [[1.0, 0.1, -3]]}}, r"num_releases=-3: expected an integer >= 0"),
+        ({"version": 1, "segments": {"a": [[math.nan, 0.1, 3]]}}, r"noise_multiplier=nan: expected"),
+        ({"version": 1, "segments": {"a": [[1.0, 0.1, 3]] * 50 + [7]}}, r"\.\.\., expected a list"),
+    ],
+)
+def test_malformed_states(state, found):
+    ledger = book(Ledger(), 2)
+    with pytest.raises(PrivacyError, match=found):
+        ledger.merge(state)
+    assert ledger.num_releases == 2

@@ -1,0 +1,141 @@
+"""Poisson sampling, against the Bernoulli distribution."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dp.data import PoissonLoader
+from lightning_dp.errors import PrivacyError
+
+N, DRAWS = 50, 2000
+
+
+def poisson(n=N, q=0.3, num_batches=DRAWS, physical=8, seed=0, **kwargs):
+    user = DataLoader(TensorDataset(torch.arange(n)), batch_size=5, **kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    return PoissonLoader(
+        user, sample_rate=q, num_batches=num_batches, max_physical_batch_size=physical, generator=generator
+    )
+
+
+def logical_batches(loader):
+    for (first,) in loader:
+        chunk, rest = loader.take()
+        ids = first[: chunk.num_real].tolist()
+        for other in rest:
+            ids += other.data[0][: other.num_real].tolist()
+        yield ids
+
+
+def inclusion(loader):
+    rows = torch.zeros(DRAWS, N)
+    for row, ids in zip(rows, logical_batches(loader), strict=True):
+        assert len(ids) == len(set(ids))
+        row[ids] = 1
+    return rows
+
+
+def z_of_chi_square(observed, expected, variance, degrees):
+    statistic = float(((observed - expected).square() / variance).sum())
+    return (statistic - degrees) / math.sqrt(2 * degrees)
+
+
+def passes(rows, q):
+    """Chi-square of the inclusions per example and per draw, and of neighbouring examples and draws together."""
+    assert DRAWS * q**2 >= 5, "too rare for the normal approximation"
+    each = z_of_chi_square(rows.sum(0), DRAWS * q, DRAWS * q * (1 - q), N)
+    size = z_of_chi_square(rows.sum(1), N * q, N * q * (1 - q), DRAWS)
+    pairs = (rows[:, 1:] * rows[:, :-1]).sum(0)[::2]  # disjoint pairs of examples
+    together = z_of_chi_square(pairs, DRAWS * q**2, DRAWS * q**2 * (1 - q**2), len(pairs))
+    steps = (rows[1:] * rows[:-1])[::2].sum(0)
+    after = z_of_chi_square(steps, DRAWS / 2 * q**2, DRAWS / 2 * q**2 * (1 - q**2), N)
+    return all(abs(z) < 3.5 for z in (each, size, together, after))
+
+
+@pytest.mark.parametrize("q", [0.1, 0.3, 0.9])
+def test_inclusion_is_bernoulli_and_independent(q):
+    assert passes(inclusion(poisson(q=q)), q)
+
+
+def test_the_test_rejects_a_wrong_rate_shuffling_and_repetition():
+    rows = inclusion(poisson(q=0.33))
+    assert not passes(rows, 0.3)
+    g = torch.Generator().manual_seed(0)
+    shuffled = torch.zeros(DRAWS, N)
+    for row in shuffled:
+        row[torch.randperm(N, generator=g)[: int(0.3 * N)]] = 1
+    assert not passes(shuffled, 0.3)
+    assert not passes(inclusion(poisson()).roll(0).repeat_interleave(2, 0)[:DRAWS], 0.3)
+
+
+def test_rate_one_takes_every_example_each_time():
+    assert all(sorted(ids) == list(range(N)) for ids in logical_batches(poisson(q=1.0, num_batches=3)))
+
+
+def test_an_empty_draw_is_a_phantom_of_weight_zero():
+    loader = poisson(q=1e-9, num_batches=2)
+    for (first,) in loader:
+        chunk, rest = loader.take()
+        assert (len(first), chunk.num_rows, chunk.num_real, list(rest)) == (1, 1, 0, [])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_keep_batches_and_sizes_together(workers):
+    loader = poisson(num_batches=20, num_workers=workers)
+    loader_sizes = [len(ids) for ids in logical_batches(loader)]
+    expected = [len(ids) for ids in (poisson(num_batches=20).draw() for _ in range(1))]
+    assert loader_sizes[0] == expected[0]
+    assert len(loader_sizes) == 20
+
+
+def test_physical_batches_are_even_and_bounded():
+    loader = poisson(q=1.0, num_batches=1, physical=8)
+    sizes = []
+    for _ in loader:
+        chunk, rest = loader.take()
+        sizes = [chunk.num_rows, *[other.num_rows for other in rest]]
+    assert sum(sizes) == N
+    assert max(sizes) <= 8
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_skipped_batch_does_not_mix_two_draws():
+    loader = poisson(num_batches=6)
+    same = poisson(num_batches=6)
+    expected = list(logical_batches(same))
+    found = []
+    for k, (first,) in enumerate(loader):
+        if k % 2:
+            continue
+        chunk, rest = loader.take()
+        found.append(first[: chunk.num_real].tolist() + [i for o in rest for i in o.data[0].tolist()])
+    assert found == expected[::2]
+
+
+def test_one_draw_is_taken_once():
+    loader = poisson()
+    next(iter(loader))
+    loader.take()
+    with pytest.raises(PrivacyError, match="one draw of examples"):
+        loader.take()
+
+
+def test_an_epoch_can_be_broken_off_and_begun_again():
+    loader = poisson(num_batches=5, physical=3)
+    for k, _ in enumerate(loader):
+        if k == 1:
+            break
+    assert len(list(logical_batches(loader))) == 5
+
+
+def test_batch_of_uses_the_collate_function_on_copies():
+    def collate(samples):
+        return [s.pop() for s in samples]
+
+    data = [[k] for k in range(4)]
+    user = DataLoader(data, batch_size=2, collate_fn=collate)
+    loader = PoissonLoader(user, sample_rate=0.5, num_batches=1, max_physical_batch_size=2, generator=torch.Generator())
+    assert loader.batch_of([0, 3, 3]) == [0, 3, 3]
+    assert data == [[0], [1], [2], [3]]

@@ -1,0 +1,173 @@
+"""Checkpoints: ordinary ones, with the ledger in them; nothing released is ever forgotten."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_dp as ldp
+from tests.models import Regression, ZeroGradient, loader, trainer
+
+
+def saved(path, steps=3, **settings):
+    fit = trainer(ldp.DPStrategy(noise_multiplier=1.0, target_delta=1e-3, **settings), max_steps=steps)
+    fit.fit(Regression(), loader())
+    fit.save_checkpoint(path)
+    return fit
+
+
+def test_a_checkpoint_is_an_ordinary_one(tmp_path):
+    path = tmp_path / "a.ckpt"
+    fit = saved(path)
+    assert set(torch.load(path, weights_only=True)["state_dict"]) == {"net.weight", "net.bias"}
+    module = Regression.load_from_checkpoint(path)
+    assert torch.equal(module.net.weight, fit.lightning_module.net.weight)
+    plain = Regression()
+    trainer("auto").validate(plain, loader(shuffle=False), ckpt_path=path, verbose=False, weights_only=True)
+
+
+def test_weights_only_checkpoints_hold_the_ledger_too(tmp_path):
+    fit = trainer(ldp.DPStrategy(noise_multiplier=1.0), max_steps=2)
+    fit.fit(Regression(), loader())
+    fit.save_checkpoint(tmp_path / "w.ckpt", weights_only=True)
+    assert json.dumps(torch.load(tmp_path / "w.ckpt", weights_only=True)["lightning_dp"])
+
+
+def test_resume_goes_on_counting(tmp_path):
+    saved(tmp_path / "a.ckpt")
+    dp = ldp.DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
+    fit = trainer(dp, max_steps=5)
+    fit.fit(Regression(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert (fit.global_step, dp.num_releases) == (5, 5)
+    assert dp.epsilon == ldp.compute_epsilon(noise_multiplier=1.0, sample_rate=0.25, num_steps=5, delta=1e-3)
+
+
+def test_resume_keeps_the_calibrated_noise(tmp_path):
+    first = ldp.DPStrategy(target_epsilon=3.0, target_delta=1e-3)
+    fit = trainer(first, max_steps=20, callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1)])
+    fit.fit(Regression(), loader())
+    for path in tmp_path.glob("privacy-journal-*.json"):
+        path.unlink()
+    checkpoint = next(tmp_path.glob("*step=7.ckpt"))
+    dp = ldp.DPStrategy(target_epsilon=3.0, target_delta=1e-3)
+    again = trainer(dp, max_steps=10_000, callbacks=[ldp.PrivacyBudgetStopping()])
+    again.fit(Regression(), loader(), ckpt_path=checkpoint)
+    assert dp.noise_multiplier == first.noise_multiplier
+    assert dp.num_releases == 20
+    assert dp.epsilon <= 3.0
+
+
+def test_resume_with_the_budget_spent_makes_no_step(tmp_path):
+    settings = {"noise_multiplier": 1.0, "target_epsilon": 8.0, "target_delta": 1e-3}
+    fit = trainer(ldp.DPStrategy(**settings), max_steps=10_000, callbacks=[ldp.PrivacyBudgetStopping()])
+    fit.fit(Regression(), loader())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    dp = ldp.DPStrategy(**settings)
+    again = trainer(dp, max_steps=10_000, min_epochs=1000, callbacks=[ldp.PrivacyBudgetStopping()])
+    again.fit(Regression(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert again.global_step == fit.global_step
+    assert dp.num_releases == fit.strategy.num_releases
+
+
+def test_an_older_checkpoint_does_not_forget_later_releases(tmp_path):
+    fit = trainer(
+        ldp.DPStrategy(noise_multiplier=1.0),
+        max_steps=10,
+        callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)],
+    )
+    fit.fit(Regression(), loader())
+    older = next(tmp_path.glob("*step=2.ckpt"))
+    fit.fit_loop.epoch_loop.max_steps = 4
+    fit.fit(Regression(), loader(), ckpt_path=older)
+    assert (fit.global_step, fit.strategy.num_releases) == (4, 12)
+    fresh = ldp.DPStrategy(noise_multiplier=1.0)
+    trainer(fresh, max_steps=4).fit(Regression(), loader(), ckpt_path=older)
+    assert fresh.num_releases == 14  # all ten, the two of the first resume, and its own two
+
+
+def test_loading_for_a_test_counts_nothing(tmp_path):
+    saved(tmp_path / "a.ckpt")
+    dp = ldp.DPStrategy(noise_multiplier=1.0)
+    trainer(dp).test(
+        Regression(), loader(shuffle=False), ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True
+    )
+    assert dp.num_releases == 0
+
+
+def test_another_sample_rate_needs_a_noise_multiplier(tmp_path):
+    fit = trainer(ldp.DPStrategy(target_epsilon=3.0), max_steps=4)
+    fit.fit(Regression(), loader())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ldp.PrivacyConfigurationError, match="sample rate is now 0.5 and was 0.25"):
+        trainer(ldp.DPStrategy(target_epsilon=3.0), max_steps=4).fit(
+            Regression(), loader(batch_size=10), ckpt_path=tmp_path / "a.ckpt"
+        )
+    dp = ldp.DPStrategy(noise_multiplier=2.0)
+    trainer(dp, max_steps=6).fit(Regression(), loader(batch_size=10), ckpt_path=tmp_path / "a.ckpt")
+    assert dp.num_releases == 6
+
+
+RUN = """
+import os, sys, warnings
+warnings.filterwarnings("ignore")
+import lightning.pytorch as pl, torch
+import lightning_dp as ldp
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tests.models import ZeroGradient, loader, trainer
+
+made = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+class Counts(ZeroGradient):
+    def optimizer_step(self, *args):
+        super().optimizer_step(*args)
+        os.write(made, b"x")
+        os.fsync(made)
+
+folder, checkpoint = sys.argv[2], sys.argv[3] or None
+fit = trainer(
+    ldp.DPStrategy(noise_multiplier=5.0),
+    max_steps=1_000_000,
+    callbacks=[ModelCheckpoint(folder, every_n_train_steps=7, filename="c")],
+)
+fit.fit(Counts(), loader(), ckpt_path=checkpoint)
+"""
+
+
+def kill_a_run(made, folder, checkpoint, seconds):
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(made), str(folder), str(checkpoint)],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    before = made.stat().st_size if made.exists() else 0
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not made.exists() or made.stat().st_size < before + 15):
+        assert run.poll() is None, run.stderr.read().decode()
+        time.sleep(0.02)
+    time.sleep(seconds)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stderr.close()
+
+
+def test_a_killed_run_forgets_nothing(tmp_path):
+    made, folder, moments = tmp_path / "made", tmp_path / "checkpoints", random.Random(0)
+    checkpoint = ""
+    for _ in range(2):
+        kill_a_run(made, folder, checkpoint, moments.uniform(0, 0.5))
+        checkpoint = folder / "c.ckpt"
+    dp = ldp.DPStrategy(noise_multiplier=5.0)
+    with_ledger = torch.load(checkpoint, weights_only=True)
+    trainer(dp, max_steps=with_ledger["global_step"] + 1).fit(ZeroGradient(), loader(), ckpt_path=checkpoint)
+    released = made.stat().st_size + 1
+    assert released <= dp.num_releases <= 1.02 * released + 4  # a reservation of 1 % and a torn step for each kill

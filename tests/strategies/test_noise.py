@@ -1,0 +1,89 @@
+"""The noise: its scale, its distribution and its secrecy."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+import lightning_dp as ldp
+from lightning_dp.noise import GaussianNoise
+from tests.models import Regression, ZeroGradient, loader, parameters, trainer, updates
+
+NOISE, BOUND, BATCH, LR, SIZE = 1.5, 0.7, 5, 0.3, 200_000
+
+
+def noise_update():
+    module = ZeroGradient(nn.Linear(3, SIZE // 4), lr=LR)
+    before = parameters(module)
+    strategy = ldp.DPStrategy(noise_multiplier=NOISE, max_grad_norm=BOUND)
+    trainer(strategy, max_steps=1).fit(module, loader(batch_size=BATCH))
+    return torch.cat([u.flatten() for u in updates(module, before).values()])
+
+
+def within_two_per_cent(values, std):
+    # The standard error of a standard deviation of 200,000 values is 0.16 %.
+    return abs(float(values.std()) / std - 1) < 0.02 and abs(float(values.mean())) < 0.02 * std
+
+
+def test_scale_of_the_noise_and_that_the_test_rejects_a_wrong_one():
+    values, std = noise_update(), LR * NOISE * BOUND / BATCH
+    assert within_two_per_cent(values, std)
+    assert not within_two_per_cent(values * 1.1, std)
+    assert not within_two_per_cent(values * 0.9, std)
+
+
+def test_noise_is_independent_of_seed_everything():
+    results = []
+    for _ in range(2):
+        pl.seed_everything(1, verbose=False)
+        results.append(noise_update())
+    correlation = torch.corrcoef(torch.stack(results))[0, 1]
+    assert not torch.equal(*results)
+    assert abs(float(correlation)) < 0.02
+
+
+def test_random_numbers_of_the_model_follow_seed_everything():
+    class Draws(Regression):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.drawn = torch.rand(())
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0 * torch.rand(())
+
+    results = []
+    for _ in range(2):
+        pl.seed_everything(1, verbose=False)
+        module = Draws()
+        trainer(max_steps=1).fit(module, loader())
+        results.append(float(module.drawn))
+    assert results[0] == results[1]
+
+
+def test_noise_is_normal_by_its_moments_and_tail():
+    values = GaussianNoise().draw(torch.empty(2_000_000), 1.0)
+    assert values.dtype == torch.float64
+    assert float(values.pow(4).mean()) == pytest.approx(3.0, rel=0.02)
+    share = float((values.abs() > 3).double().mean())
+    assert share == pytest.approx(0.0027, rel=0.1)
+
+
+def test_checkpoint_and_configuration_hold_no_noise_state(tmp_path):
+    strategy = ldp.DPStrategy(noise_multiplier=1.0)
+    fit = trainer(strategy, max_steps=1)
+    fit.fit(Regression(), loader())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert set(saved["lightning_dp"]) == {"version", "ledger", "delta"}
+    assert not any("rng" in key or "generator" in key for key in saved)
+
+
+def test_noise_differs_after_resume(tmp_path):
+    first = trainer(max_steps=1)
+    first.fit(ZeroGradient(), loader())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    results = []
+    for _ in range(2):
+        module = ZeroGradient()
+        trainer(max_steps=2).fit(module, loader(), ckpt_path=tmp_path / "a.ckpt")
+        results.append(parameters(module)["net.weight"])
+    assert not torch.equal(*results)

@@ -1,0 +1,69 @@
+"""The command line: every configuration parses and fits a few steps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_dp.cli import DPLightningCLI
+from lightning_dp.strategies import DPStrategy
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+QUIET = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(autouse=True)
+def _no_command_line_of_pytest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-dp"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # what LightningCLI calls is not ours
+
+
+def command_line(*args):
+    return DPLightningCLI(args=list(args), save_config_callback=None)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_fits_a_few_steps(config):
+    cli = command_line("fit", f"--config={config}", "--trainer.max_steps=3", *QUIET)
+    assert cli.trainer.strategy.num_releases == 3
+    assert cli.trainer.strategy.epsilon <= cli.config.fit.trainer.strategy.init_args.target_epsilon
+
+
+def test_the_table_after_a_fit_has_the_test_accuracy(capsys):
+    command_line("fit", f"--config={CONFIGS[0]}", "--trainer.max_steps=2", *QUIET)
+    printed = capsys.readouterr().out
+    for expected in ("epsilon spent", "delta", "steps", "test accuracy"):
+        assert expected in printed
+    assert printed.count("Privacy summary") == 1
+
+
+def test_defaults_are_private():
+    cli = DPLightningCLI(
+        args=[
+            "--model=lightning_dp.demos.digits.DigitsClassifier",
+            "--data=lightning_dp.demos.digits.DigitsDataModule",
+            "--trainer.strategy.target_epsilon=1.5",
+            *QUIET,
+        ],
+        run=False,
+        save_config_callback=None,
+    )
+    assert isinstance(cli.trainer.strategy, DPStrategy)
+    names = [type(c).__name__ for c in cli.trainer.callbacks]
+    assert names.count("PrivacyMonitor") == names.count("PrivacyBudgetStopping") == 1
+
+
+def test_console_command_prints_a_configuration():
+    command = [sys.executable, "-m", "lightning_dp.cli", "fit", f"--config={CONFIGS[0]}", "--print_config"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    strategy = yaml.safe_load(printed)["trainer"]["strategy"]
+    assert strategy["class_path"] == "lightning_dp.DPStrategy"
+    assert strategy["init_args"]["target_epsilon"] == 3.0
+
+
+def test_a_misspelt_argument_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command_line("fit", f"--config={CONFIGS[0]}", "--trainer.strategy.target_epsilonn=1")
+    assert "target_epsilonn" in capsys.readouterr().err
