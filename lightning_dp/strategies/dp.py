@@ -275,11 +275,11 @@ class DPStrategy(DDPStrategy):
         index = {"a": 0, "b": second}
 
         def forward(samples: str) -> None:
-            batch = self._transferred(loader.batch_of([index[s] for s in samples]))
-            checks.check_loss(super(DPStrategy, self).training_step(batch, *rest, **kwargs))
+            with undisturbed(self._module):  # each pass, so that all begin with the same buffers
+                batch = self._transferred(loader.batch_of([index[s] for s in samples]))
+                checks.check_loss(super(DPStrategy, self).training_step(batch, *rest, **kwargs))
 
-        with undisturbed(self._module):
-            keeping.observe(forward, varied=second > 0)
+        keeping.observe(forward, varied=second > 0)
 
     def _forward(
         self, keeping: BookKeeping, batch: Any, num_rows: int, num_real: int, rest: Any, kwargs: dict[str, Any]
