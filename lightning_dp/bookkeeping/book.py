@@ -6,13 +6,15 @@ entries arise (``rules``) or which factor clips them (``lightning_dp.clipping``)
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, inner
+from lightning_dp.bookkeeping.layout import Key
 
 
 @dataclass(eq=False)
@@ -29,7 +31,7 @@ class Derived:
 
     value: Tensor
     roots: dict[str, Tensor]
-    identity: Hashable
+    identity: Key
     source: str | Derived | None = None
     transposed: bool = False
 
@@ -104,7 +106,7 @@ def _norm_sq(entries: Sequence[Entry]) -> Tensor:
         for f in entries[:i]:
             total = total + 2 * inner(e, f)
     most = torch.stack(own).sqrt().sum(0).square()
-    for i in (total < CANCELLATION * most).nonzero().flatten().tolist():
+    for i in (total < CANCELLATION / len(entries) * most).nonzero().flatten().tolist():
         total[i] = _one_sample(entries, i).square().sum()
     return total
 
@@ -117,11 +119,22 @@ def _one_sample(entries: Sequence[Entry], i: int) -> Tensor:
     return torch.stack([e.where(one).weighted_sum(one.to(torch.float64)) for e in entries]).sum(0)
 
 
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Let vmap run functions that have no batching rule sample by sample without a warning: it is exact."""
+    set_warning = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    set_warning(False)
+    try:
+        yield
+    finally:
+        set_warning(True)
+
+
 def batched_gradients(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Return the gradients of ``inputs`` for a batch of output gradients ``upstream``, each ``[B, *output.shape]``."""
-    with torch.enable_grad():
+    with torch.enable_grad(), quiet_vmap():
         try:
             return list(
                 torch.autograd.grad(

@@ -16,7 +16,8 @@ from lightning_dp.bookkeeping.book import Book
 from lightning_dp.bookkeeping.interception import Handler, intercepting, swapped, without_interception
 from lightning_dp.bookkeeping.layout import Layouts
 from lightning_dp.bookkeeping.observation import Forward, observe
-from lightning_dp.bookkeeping.recorder import Recorder, escaped
+from lightning_dp.bookkeeping.recorder import Recorder
+from lightning_dp.bookkeeping.refusals import escaped
 
 
 class BookKeeping:
@@ -37,9 +38,7 @@ class BookKeeping:
         >>> norm_sq = keeping.close().norm_sq()  # doctest: +SKIP
     """
 
-    def __init__(
-        self, trained: Mapping[str, nn.Parameter], others: Mapping[str, nn.Parameter] | None = None
-    ) -> None:
+    def __init__(self, trained: Mapping[str, nn.Parameter], others: Mapping[str, nn.Parameter] | None = None) -> None:
         self._trained = dict(trained)
         self._swapped = [*trained.items(), *(others or {}).items()]
         self._names = {id(parameter): name for name, parameter in trained.items()}
@@ -65,7 +64,8 @@ class BookKeeping:
     def recording(self, num_samples: int | None = None) -> Iterator[None]:
         """Record what runs inside: the forward pass of ``num_samples`` samples, or its backward pass without it."""
         if num_samples is not None:
-            self._recorder = Recorder(self._names, self._layouts, num_samples)
+            self.abandon()
+            self._recorder = Recorder(self._names, self._layouts, num_samples, self._is_recording)
         if self._recorder is None:
             raise RuntimeError("recording() without a number of samples continues a pass, and none was begun")
         with self._swap(self._recorder.dispatch):
@@ -75,7 +75,8 @@ class BookKeeping:
         """End the pass and return its book.
 
         Raises:
-            UnsupportedModelError: If autograd computed the gradient of a trained parameter past the book.
+            UnsupportedModelError: If autograd computed the gradient of a trained parameter past the book, or if no
+                gradient came back at all.
         """
         if self._recorder is None:
             raise RuntimeError("close() ends a pass, and none was begun")
@@ -84,13 +85,19 @@ class BookKeeping:
             if parameter.grad is not None:
                 parameter.grad = None
                 raise escaped(name)
-        recorder.check_escapes()
-        recorder.book.close()
-        return recorder.book
+        book = recorder.close()
+        for name, entries in book.entries.items():
+            assert all(entry.shape == self._trained[name].shape for entry in entries), f"a rule broke '{name}'"
+        return book
 
     def abandon(self) -> None:
         """Drop an unfinished pass."""
+        if self._recorder is not None:
+            self._recorder.abandon()
         self._recorder = None
+
+    def _is_recording(self) -> bool:
+        return self._handler is not _as_usual
 
     @contextmanager
     def _swap(self, handler: Handler) -> Iterator[None]:

@@ -22,8 +22,9 @@ _TRAFFIC = 60
 _MAX_KEPT = 2**28
 """Largest number of elements of a per-sample gradient that is kept (1 GiB in float32)."""
 
-CANCELLATION = 1e-4
-"""Below this share of its largest possible value a ghost norm has lost too many digits and is found again densely."""
+CANCELLATION = 1e-2
+"""Below this share of its largest possible value, divided by the number of its terms, a ghost norm has lost too many
+digits and is found again densely. (T terms of random direction cancel to a share of 1 / T, without any harm.)"""
 
 
 class Entry(ABC):
@@ -42,6 +43,11 @@ class Entry(ABC):
         """Where the entry lies."""
         return self.g.device
 
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+
     @abstractmethod
     def dense(self) -> Tensor:
         """Return the materialised gradients, shape ``[B, *parameter.shape]``."""
@@ -56,7 +62,7 @@ class Entry(ABC):
 
     def norm_sq(self) -> Tensor:
         """Return the squared norm of every sample's gradient, shape ``[B]``."""
-        return self.dense().flatten(1).square().sum(1)
+        return _per_sample(self.dense()).square().sum(1)
 
 
 class Dense(Entry):
@@ -65,13 +71,21 @@ class Dense(Entry):
     def __init__(self, g: Tensor) -> None:
         self.g = accurate(g)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of ``g`` without its samples."""
+        return tuple(self.g.shape[1:])
+
     def dense(self) -> Tensor:
+        """Return ``g``."""
         return self.g
 
     def weighted_sum(self, weight: Tensor) -> Tensor:
+        """Return ``sum_i weight[i] * g[i]``."""
         return torch.tensordot(weight.to(self.g), self.g, 1)
 
     def where(self, keep: Tensor) -> Dense:
+        """Return the masked entry."""
         return Dense(_masked(self.g, keep))
 
 
@@ -87,22 +101,30 @@ class Outer(Entry):
         self.a, self.g = _same_dtype(a, g)
         self._kept: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(p, d)``."""
+        return self.g.shape[-1], self.a.shape[-1]
+
     def dense(self) -> Tensor:
+        """Return ``g^T a``, and keep it for the weighted sum."""
         if self._kept is None:
             self._kept = torch.bmm(self.g.mT, self.a)
         return self._kept
 
     def norm_sq(self) -> Tensor:
+        """Return the norms, through Gram matrices where that is cheaper."""
         if not self._ghost_is_cheaper():
             return super().norm_sq()
         norm_sq, most = _gram(self.a, self.g)
         # The terms of the Gram sum may cancel; a norm that is small only after cancellation is found densely.
-        cancelled = (norm_sq < CANCELLATION * most).nonzero().flatten().tolist()
+        cancelled = (norm_sq < CANCELLATION / self.a.shape[1] * most).nonzero().flatten().tolist()
         for i in cancelled:
             norm_sq[i] = (self.g[i].t() @ self.a[i]).square().sum()
         return norm_sq
 
     def weighted_sum(self, weight: Tensor) -> Tensor:
+        """Return one matrix product over all samples and positions, or the sum of what was kept."""
         if self._kept is not None:
             return torch.tensordot(weight.to(self._kept), self._kept, 1)
         scale = weight.to(self.g)[:, None, None]
@@ -110,6 +132,7 @@ class Outer(Entry):
         return g.flatten(0, 1).t() @ a.flatten(0, 1)
 
     def where(self, keep: Tensor) -> Outer:
+        """Return the masked entry."""
         return Outer(_masked(self.a, keep), _masked(self.g, keep))
 
     def transposed(self) -> Outer:
@@ -133,22 +156,31 @@ class Rows(Entry):
     def __init__(self, index: Tensor, g: Tensor, num_rows: int) -> None:
         self.index, self.g, self.num_rows = index, accurate(g), num_rows
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(V, d)``."""
+        return self.num_rows, self.g.shape[-1]
+
     def dense(self) -> Tensor:
+        """Return the tables, mostly zeros."""
         batch, _, d = self.g.shape
         zeros = self.g.new_zeros(batch, self.num_rows, d)
         return zeros.scatter_add_(1, self.index[:, :, None].expand_as(self.g), self.g)
 
     def norm_sq(self) -> Tensor:
+        """Return the norms without the tables."""
         same_row = self.index[:, :, None] == self.index[:, None, :]
         # Positions of one row are added before the square, so that no cancellation can hide in the Gram matrix.
         merged = torch.bmm(same_row.to(self.g.dtype), self.g).square().sum(-1)
         return (merged / same_row.sum(-1)).sum(1)
 
     def weighted_sum(self, weight: Tensor) -> Tensor:
+        """Return one table."""
         g = (self.g * weight.to(self.g)[:, None, None]).flatten(0, 1)
         return g.new_zeros(self.num_rows, g.shape[-1]).index_add_(0, self.index.flatten(), g)
 
     def where(self, keep: Tensor) -> Rows:
+        """Return the masked entry."""
         return Rows(self.index, _masked(self.g, keep), self.num_rows)
 
 
@@ -163,12 +195,18 @@ def inner(e: Entry, f: Entry) -> Tensor:
     if isinstance(e, Rows) and isinstance(f, Outer):  # an embedding and an output head that share their weight
         index = e.index[:, None, :].expand(-1, f.g.shape[1], -1)
         return (torch.gather(f.g, 2, index) * torch.bmm(f.a, e.g.mT)).sum((1, 2))
-    return (e.dense().flatten(1) * f.dense().flatten(1)).sum(1)
+    return (_per_sample(e.dense()) * _per_sample(f.dense())).sum(1)
 
 
 def accurate(t: Tensor) -> Tensor:
-    """Return ``t`` in float32 if it is stored in 16 bits: a norm summed in 16 bits is no bound."""
+    """Return ``t`` without its graph, in float32 if it is stored in 16 bits: a norm summed in 16 bits is no bound."""
+    t = t.detach()
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def _per_sample(t: Tensor) -> Tensor:
+    """Return ``[B, n]`` from ``[B, *shape]``."""
+    return t.reshape(t.shape[0], -1)
 
 
 def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

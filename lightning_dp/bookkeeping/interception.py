@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_dp.errors import UnsupportedModelError
@@ -39,6 +40,8 @@ _IN_PLACE_OPERATORS = {
     f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor")
 } | {"__setitem__"}
 
+_LIKE_OTHER = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
+
 _CONTAINERS = (list, tuple, dict)
 
 _COMPOSITES = {F.multi_head_attention_forward}
@@ -53,10 +56,14 @@ def intercepting(base: type[Tensor], handler: Handler) -> type[Tensor]:
     ) -> Any:
         if func in _COMPOSITES:
             return _without_own_override(func)(*args, **(kwargs or {}))
+        if func is Tensor.__iter__:  # returns no tensor; its parts are seen as those of unbind
+            return iter(args[0].unbind(0))
         return handler(func, args, kwargs or {})
 
     namespace = {"__torch_function__": classmethod(__torch_function__), "__module__": __name__}
-    return type(base)(f"Seen{base.__name__}", (base,), namespace)
+    metaclass: Any = type(base)
+    made: type[Tensor] = metaclass(f"Seen{base.__name__}", (base,), namespace)
+    return made
 
 
 @contextmanager
@@ -67,10 +74,19 @@ def swapped(parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[
         UnsupportedModelError: If a parameter is not initialised yet or has a ``__torch_function__`` of its own.
     """
     originals: list[tuple[nn.Parameter, type]] = []
+    seen: set[int] = set()
     try:
         for name, parameter in parameters:
+            if id(parameter) in seen:  # shared, under two names
+                continue
+            seen.add(id(parameter))
             own = type(parameter)
             _check_swappable(name, own)
+            if parameter._backward_hooks:
+                raise UnsupportedModelError(
+                    f"parameter '{name}' has a gradient hook (register_hook), which would never run: no gradient of "
+                    "the whole batch is computed for it. Remove the hook, and change the loss or freeze instead."
+                )
             originals.append((parameter, own))
             parameter.__class__ = class_for(own)
         yield
@@ -79,8 +95,8 @@ def swapped(parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[
             parameter.__class__ = own
 
 
-def _check_swappable(name: str, own: type) -> None:
-    if issubclass(own, nn.parameter.UninitializedTensorMixin):
+def _check_swappable(name: str, own: type[nn.Parameter]) -> None:
+    if issubclass(own, UninitializedTensorMixin):
         raise UnsupportedModelError(
             f"parameter '{name}' is not initialised yet ({own.__name__}): run one forward pass of the lazy module "
             "before the fit, for example in configure_model()."
@@ -96,15 +112,22 @@ class Tap(torch.autograd.Function):
     """The identity on the outputs of one function; hands their gradients to ``record`` in the backward pass.
 
     What ``record`` needs of the forward pass goes through ``save_for_backward``, so that activation checkpointing can
-    drop and recompute it. The ``anchor`` only makes the outputs require a gradient.
+    drop and recompute it. The ``anchor`` makes the outputs require a gradient, and stands for the parameters:
+    ``wanted`` tells whether this backward pass would accumulate into them.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, record: Callable[..., None], num_outputs: int, anchor: Tensor, *tensors: Tensor
+        ctx: Any,
+        wanted: Callable[[], bool],
+        record: Callable[..., None],
+        num_outputs: int,
+        anchor: Tensor,
+        *tensors: Tensor,
     ) -> Any:
+        """Return the first ``num_outputs`` tensors, and save the others."""
         outputs, saved = tensors[:num_outputs], tensors[num_outputs:]
-        ctx.record, ctx.num_saved = record, len(saved)
+        ctx.wanted, ctx.record, ctx.num_saved = wanted, record, len(saved)
         ctx.save_for_backward(*saved)
         # detach(), not view_as(): the result is no view, so that in-place activations may follow, and it shares the
         # version counter, so that autograd still notices when they overwrite what somebody saved.
@@ -113,10 +136,12 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        saved = ctx.saved_tensors  # may recompute a checkpointed forward pass, which must be seen
-        with torch.no_grad(), without_interception():
-            ctx.record(*gradients, *saved)
-        return (None, None, None, *gradients, *[None] * ctx.num_saved)
+        """Hand on the gradients, and to ``record``."""
+        if ctx.wanted():
+            saved = ctx.saved_tensors  # may recompute a checkpointed forward pass, which must be seen
+            with torch.no_grad(), without_interception():
+                ctx.record(*gradients, *saved)
+        return (None, None, None, None, *gradients, *[None] * ctx.num_saved)
 
 
 def function_name(func: Callable[..., Any]) -> str | None:
@@ -159,6 +184,27 @@ def with_float_outputs(result: Any, replacements: Iterable[Tensor]) -> Any:
     if not isinstance(result, tuple | list):
         return next(fresh)
     return type(result)([next(fresh) if isinstance(t, Tensor) and t.is_floating_point() else t for t in result])
+
+
+def check_outputs(name: str, result: Any) -> None:
+    """Raise if a function returns tensors that `float_outputs` does not name: they would lose their parameter.
+
+    Raises:
+        UnsupportedModelError: If there are complex or nested outputs.
+    """
+    known = {id(t) for t in float_outputs(result)}
+    for t in tree_flatten(result)[0]:
+        if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) and id(t) not in known:
+            kind = "complex" if t.is_complex() else "nested"
+            raise UnsupportedModelError(
+                f"'{name}' of a trained parameter has {kind} outputs, through which no per-sample gradient is found: "
+                "freeze the parameter, or use real tensors and functions that return plain tensors."
+            )
+
+
+def reads_metadata(name: str, first_is_trained: bool) -> bool:
+    """Whether a function only asks its trained arguments for a shape, a dtype or a device."""
+    return name.startswith("new_") or (not first_is_trained and name in _LIKE_OTHER)
 
 
 def is_in_place(name: str) -> bool:

@@ -5,7 +5,7 @@ Owns: `Layout` and `Layouts`. Does not own: the observing (``observation``) or t
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -14,6 +14,15 @@ from lightning_dp.errors import UnsupportedModelError
 
 Key = tuple[str, tuple[Hashable, ...]]
 """A function's name and the identities of the parameters (or functions of parameters) that enter it."""
+
+
+REPEATING = {"stack", "cat", "concat", "concatenate", "hstack", "vstack", "dstack"}
+
+
+def key_of(name: str, identities: Iterable[Hashable]) -> Key:
+    """Return the key of a function; in ``torch.stack([p] * B)`` the number of samples must not be part of it."""
+    found = tuple(identities)
+    return name, tuple(dict.fromkeys(found)) if name in REPEATING else found
 
 
 class Kind(Enum):
@@ -47,43 +56,76 @@ class Layout:
 
 
 @dataclass
+class _Uses:
+    """The layouts of one function in the order of its uses: those with a gradient, and those under ``no_grad``."""
+
+    with_gradient: list[Layout] = field(default_factory=list)
+    without: list[Layout] = field(default_factory=list)
+
+
+@dataclass
 class Layouts:
-    """The observed layouts of one model, by function, parameters and occurrence in a forward pass."""
+    """The observed layouts of one model, by function, parameters and occurrence in a forward pass.
 
-    _seen: dict[Key, list[Layout]] = field(default_factory=dict)
-    _unanimous: dict[Key, Layout | None] = field(default_factory=dict)
+    The number of an occurrence only matters where occurrences differ. There it is trusted in a forward pass that runs
+    the function exactly as often as it was observed (`check_counts`), and never in a recomputation, whose order is
+    another: reentrant checkpoints run last layers first.
+    """
 
-    def add(self, key: Key, layout: Layout) -> None:
-        """Note one more occurrence of ``key``."""
-        self._seen.setdefault(key, []).append(layout)
-        first = self._seen[key][0]
-        self._unanimous[key] = layout if layout == first and self._unanimous.get(key, layout) is not None else None
+    _uses: dict[Key, _Uses] = field(default_factory=dict)
+    _unanimous: dict[tuple[Key, bool], Layout | None] = field(default_factory=dict)
 
-    def replace(self, key: Key, occurrence: int, layout: Layout) -> None:
-        """Put ``layout`` in the place of an occurrence noted before."""
-        self._seen[key][occurrence] = layout
-        same = all(other == layout for other in self._seen[key])
-        self._unanimous[key] = layout if same else None
+    def add(self, key: Key, layout: Layout, with_gradient: bool = True) -> None:
+        """Note one more occurrence of ``key``; those under ``no_grad`` are constants, or will be recomputed."""
+        uses = self._uses.setdefault(key, _Uses())
+        (uses.with_gradient if with_gradient else uses.without).append(layout)
+        self._unanimous.clear()
 
-    def find(self, key: Key, occurrence: int) -> Layout | None:
+    def find(self, key: Key, occurrence: int, recomputed: bool = False) -> Layout | None:
         """Return the layout of an occurrence, or ``None`` if the function was never observed.
 
-        Recomputation and repeated layers change the count of occurrences; it only matters where they differ.
+        Args:
+            key: The function and its parameters.
+            occurrence: How often it was used before in this forward pass.
+            recomputed: Whether this is a use in the backward pass, by activation checkpointing.
 
         Raises:
-            UnsupportedModelError: If occurrences differ and this one was not observed.
+            UnsupportedModelError: If occurrences differ and which one this is cannot be told.
         """
-        layout = self._unanimous.get(key)
-        if layout is not None or key not in self._seen:
+        if key not in self._uses:
+            return None
+        layout = self._agreed(key, recomputed)
+        if layout is not None:
             return layout
-        occurrences = self._seen[key]
-        if occurrence >= len(occurrences):
-            raise UnsupportedModelError(
-                f"'{key[0]}' of {describe(key)} was used {len(occurrences)} time(s), in different ways, when the model "
-                f"was observed and now for the {occurrence + 1}th time: which use this is cannot be told. Keep the "
-                "number of uses fixed, or do not checkpoint this part."
-            )
-        return occurrences[occurrence]
+        uses = self._uses[key].with_gradient
+        if recomputed or occurrence >= len(uses):
+            raise _ambiguous(key, len(uses))
+        return uses[occurrence]
+
+    def check_counts(self, counts: Mapping[Key, int]) -> None:
+        """Raise if occurrences that differ were told apart by their number, and there were more or fewer of them."""
+        for key, count in counts.items():
+            if key in self._uses and self._agreed(key, False) is None and count != len(self._uses[key].with_gradient):
+                raise _ambiguous(key, len(self._uses[key].with_gradient))
+
+    def _agreed(self, key: Key, recomputed: bool) -> Layout | None:
+        """Return the layout that all occurrences share, or ``None``."""
+        if (key, recomputed) not in self._unanimous:
+            uses = self._uses[key]
+            layouts = uses.with_gradient
+            if recomputed or not layouts:
+                layouts = [*layouts, *uses.without]
+            same = all(layout == layouts[0] for layout in layouts)
+            self._unanimous[key, recomputed] = layouts[0] if same else None
+        return self._unanimous[key, recomputed]
+
+
+def _ambiguous(key: Key, count: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"'{key[0]}' of {describe(key)} was used {count} time(s), in different ways, when the model was observed, and "
+        "now in another number or order: which use this is cannot be told. Keep the number of uses fixed, or do not "
+        "checkpoint this part."
+    )
 
 
 def describe(key: Key) -> str:

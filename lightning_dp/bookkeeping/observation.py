@@ -8,26 +8,28 @@ A ``[T, T]`` table indexed by position is no sample axis, even on the day T equa
 - *contents*: two forward passes with three samples that differ in the first one; what changed belongs to that sample.
   This finds the order of merged (position, sample) axes, and refuses samples that influence each other.
 
-The batches are made of two samples ``a`` and ``b`` of the user's own dataset: ``[a, b]`` and ``[a, a, b]``, then again
+The batches are made of two samples ``a`` and ``b`` of the user's own dataset: ``[a, b]`` against ``[a, a, b]``, and
 ``[a, a, b]`` against ``[b, a, b]``. A collate function that pads to the longest sample gives them all one length.
+
+What a pass changes besides, such as buffers, is the caller's to restore between the passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dp.bookkeeping.axes import SampleAxis
 from lightning_dp.bookkeeping.interception import Handler
-from lightning_dp.bookkeeping.layout import Key, Kind, Layout, Layouts
+from lightning_dp.bookkeeping.layout import Kind, Layout, Layouts
 from lightning_dp.bookkeeping.random_state import RandomState
-from lightning_dp.bookkeeping.recorder import Recorder
-from lightning_dp.bookkeeping.tracing import DifferentControlFlow, Event, Tracer
+from lightning_dp.bookkeeping.tracing import DifferentControlFlow, Event, Tracer, Use
 from lightning_dp.errors import UnsupportedModelError
 
 Swap = Callable[[Handler], AbstractContextManager[None]]
@@ -36,16 +38,41 @@ Swap = Callable[[Handler], AbstractContextManager[None]]
 Forward = Callable[[str], None]
 """Runs the training step's forward pass on the samples named by a string: ``"aab"`` is ``[a, a, b]``."""
 
-Seen = dict[tuple[Key, int], tuple[list[Tensor | None], list[Tensor | None]]]
-"""For each function, a digest of every row of its leaves and of its outputs."""
-
 _ATTEMPTS = 20
-_TOLERANCE = 1e-4
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}
+"""Relative change of a row's contents that may be rounding: equal shapes run equal kernels, so it is hardly any."""
 
 _COUPLED = (
     "a sample changes what the function computes for another sample of the batch, so no sample has a gradient of its "
     "own. Batch normalisation and any other statistic over the batch do this: use group or layer normalisation."
 )
+_UNKNOWN_ORDER = (
+    "an axis holds several rows of every sample, and which rows belong to which sample cannot be told, because the "
+    "first two samples do not differ there. Keep an axis of the samples alone where this parameter is used."
+)
+_ROUTED = (
+    "it is applied to rows that were chosen by their content (by a mask, or an expert's router), so that samples may "
+    "have different numbers of them. Apply it to all rows and mask the result."
+)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one pass showed: its events and uses, and the sizes that depend on contents."""
+
+    events: list[Event]
+    uses: list[Use]
+    ragged: set[int]
+
+
+@dataclass(frozen=True)
+class Digest:
+    """One number for each row of a tensor along its sample axis (or one for all), and the size that it could have."""
+
+    value: Tensor
+    scale: Tensor
+    tolerance: float
 
 
 def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool = True) -> Layouts:
@@ -63,29 +90,36 @@ def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool
     Raises:
         UnsupportedModelError: If the functions that run differ from pass to pass.
     """
-    state = RandomState.now()
+    original = state = RandomState.of_all()
     try:
-        layouts = _observe_shapes(names, swap, forward, state)
-        if varied:
-            seen = [_observe_contents(names, layouts, swap, forward, samples, state) for samples in ("aab", "bab")]
-            compare_contents(layouts, *seen)
-        return layouts
+        for attempt in range(_ATTEMPTS):
+            try:
+                return _observe(names, swap, forward, varied, state)
+            except DifferentControlFlow:  # layers dropped at random: draw again
+                original.restore()
+                torch.manual_seed(attempt)
+                state = RandomState.of_all()
     finally:
-        state.restore()
-
-
-def _observe_shapes(names: Mapping[int, str], swap: Swap, forward: Forward, state: RandomState) -> Layouts:
-    for attempt in range(_ATTEMPTS):
-        try:
-            two = _trace(names, None, swap, forward, "ab", state)
-            return _trace(names, two.events, swap, forward, "aab", state).layouts
-        except DifferentControlFlow:  # layers dropped at random: draw again
-            torch.manual_seed(attempt)
-            state = RandomState.now()
+        original.restore()
     raise UnsupportedModelError(
         f"the training step ran other functions for two samples than for three, in each of {_ATTEMPTS} attempts: its "
         "control flow depends on the batch, so the axes that carry the samples cannot be observed."
     )
+
+
+def _observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool, state: RandomState) -> Layouts:
+    two = _trace(names, None, swap, forward, "ab", state)
+    three = _trace(names, two.events, swap, forward, "aab", state)
+    other = _trace(names, two.events, swap, forward, "bab" if varied else "aab", state)
+    if [use.key for use in three.uses] != [use.key for use in other.uses]:
+        raise DifferentControlFlow
+    layouts = Layouts()
+    for use, its in zip(three.uses, other.uses, strict=True):
+        layout = refined(use, its)
+        if _is_routed(layout, two.ragged, three.ragged):
+            layout = replace(layout, kind=Kind.REFUSED, reason=_ROUTED)
+        layouts.add(use.key, layout, use.with_gradient)
+    return layouts
 
 
 def _trace(
@@ -95,87 +129,115 @@ def _trace(
     forward: Forward,
     samples: str,
     state: RandomState,
-) -> Tracer:
+) -> _Pass:
     state.restore()
-    tracer = Tracer(names, before)
-    with swap(tracer.dispatch):
-        forward(samples)
-    return tracer
+    tracer, ragged = Tracer(names, before, digest), _RaggedSizes()
+    try:
+        with swap(tracer.dispatch), ragged:
+            forward(samples)
+    finally:
+        tracer.release()
+    tracer.check_complete()
+    return _Pass(tracer.events, tracer.uses, ragged.sizes)
 
 
-def _observe_contents(
-    names: Mapping[int, str], layouts: Layouts, swap: Swap, forward: Forward, samples: str, state: RandomState
-) -> Seen:
-    seen: Seen = {}
-
-    def probe(key: Key, occurrence: int, leaves: list[Any], outputs: tuple[Tensor, ...]) -> None:
-        layout = layouts.find(key, occurrence)
-        if layout is not None:
-            axes = layout.leaves or (None,) * len(leaves)
-            seen[key, occurrence] = list(map(_digest, leaves, axes)), list(map(_digest, outputs, layout.outputs))
-
-    state.restore()
-    recorder = Recorder(names, layouts, len(samples), probe)
-    with swap(recorder.dispatch):
-        forward(samples)
-    return seen
+_RAGGED = {"nonzero", "masked_select", "repeat_interleave", "_unique2", "unique_dim", "unique_consecutive"}
 
 
-def _digest(leaf: Any, axis: SampleAxis | None) -> Tensor | None:
-    """Return one number for each row along the sample axis, or one for the whole tensor."""
-    if not isinstance(leaf, Tensor):
+class _RaggedSizes(TorchDispatchMode):
+    """Collects the sizes of tensors whose shape depends on contents: ``x[mask]``, ``nonzero``, ``unique``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+        if by_mask or name in _RAGGED:
+            outputs = result if isinstance(result, tuple) else (result,)
+            self.sizes |= {size for t in outputs for size in t.shape[:2]}
+        return result
+
+
+def _is_routed(layout: Layout, two: set[int], three: set[int]) -> bool:
+    """Whether an axis with several rows of each sample has a size that depended on contents."""
+    axes = [axis for axis in (*layout.leaves, *layout.outputs) if axis is not None and axis.rows > 1]
+    return any(2 * axis.rows in two and 3 * axis.rows in three for axis in axes)
+
+
+def digest(leaf: Any, axis: SampleAxis | None) -> Digest | None:
+    """Return what tells whether the contents of a leaf changed, and in which rows along the sample axis."""
+    if isinstance(leaf, bool | int | float):
+        leaf = torch.tensor([leaf], dtype=torch.float64)
+    if isinstance(leaf, slice):
+        leaf = torch.tensor([n for n in (leaf.start, leaf.stop, leaf.step) if isinstance(n, int)], dtype=torch.float64)
+    if not isinstance(leaf, Tensor) or leaf.is_complex():
         return None
+    tolerance = _TOLERANCE.get(leaf.dtype, 0.0)
     rows = leaf.detach().as_subclass(Tensor).double()
-    rows = rows.movedim(axis.dim, 0).flatten(1) if axis is not None and leaf.dim() > 1 else rows.reshape(-1, 1)
-    if axis is None:
-        rows = rows.reshape(1, -1)
+    rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis.dim, 0).reshape(rows.shape[axis.dim], -1)
     weight = torch.linspace(0.5, 1.5, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return rows @ weight
+    return Digest((rows @ weight).cpu(), (rows.abs() @ weight).cpu(), tolerance)
 
 
-def compare_contents(layouts: Layouts, one: Seen, other: Seen) -> None:
-    """Refine the layouts by two passes that differ in sample 0 of three."""
-    for (key, occurrence), (leaves, outputs) in one.items():
-        layout = layouts.find(key, occurrence)
-        if (key, occurrence) not in other or layout is None or layout.kind in (Kind.REFUSED, Kind.SHARED):
-            continue
-        leaves_now, outputs_now = other[key, occurrence]
-        pairs = [*zip(layout.leaves, leaves, leaves_now, strict=False)]
-        pairs += [*zip(layout.outputs, outputs, outputs_now, strict=False)]
-        found = [_order(axis, _changed(x, y)) for axis, x, y in pairs]
-        layouts.replace(key, occurrence, _refined(layout, found))
-
-
-def _changed(x: Tensor | None, y: Tensor | None) -> Tensor:
-    if x is None or y is None or x.shape != y.shape:
-        return torch.zeros(0, dtype=torch.bool)
-    scale = torch.maximum(x.abs(), y.abs())
-    different = (x - y).abs() > _TOLERANCE * scale
-    return torch.nonzero(different | (x.isfinite() != y.isfinite())).flatten().cpu()
-
-
-def _order(axis: SampleAxis | None, rows: Tensor) -> str:
-    """Return "any", "sample first" or "row first", by which rows changed with sample 0; "coupled" if neither."""
-    if rows.numel() == 0:
-        return "any"
-    if axis is None:
-        return "coupled"
-    in_first_block, strided = bool((rows < axis.rows).all()), bool((rows % 3 == 0).all())
-    if in_first_block and strided:
-        return "any"
-    return "sample first" if in_first_block else "row first" if strided else "coupled"
-
-
-def _refined(layout: Layout, found: list[str]) -> Layout:
-    if "coupled" in found:
+def refined(use: Use, other: Use) -> Layout:
+    """Refine a layout by a second pass, which differs in sample 0 of three."""
+    layout = use.layout
+    if layout.kind in (Kind.REFUSED, Kind.SHARED):
+        return layout
+    axes = (*(layout.leaves or (None,) * len(use.leaves)), *layout.outputs)
+    pairs = zip((*use.leaves, *use.outputs), (*other.leaves, *other.outputs), axes, strict=True)
+    orders = [_order(axis, _changed(x, y), x) for x, y, axis in pairs]
+    if "coupled" in orders:
         return replace(layout, kind=Kind.REFUSED, reason=_COUPLED)
-    if "row first" not in found:
+    known = {order for order in orders if order in ("sample first", "row first")}
+    if "unknown" in orders and len(known) != 1:
+        return replace(layout, kind=Kind.REFUSED, reason=_UNKNOWN_ORDER)
+    if "row first" not in known:
         return layout
 
     def turned(axis: SampleAxis | None, order: str) -> SampleAxis | None:
-        return axis.with_rows_outermost() if axis is not None and order != "sample first" and axis.rows > 1 else axis
+        return axis.with_rows_outermost() if axis is not None and order in ("row first", "unknown") else axis
 
-    leaves = tuple(map(turned, layout.leaves, found))
-    outputs = tuple(map(turned, layout.outputs, found[len(layout.leaves) :]))
-    return replace(layout, leaves=leaves, outputs=outputs)
+    leaves = tuple(map(turned, layout.leaves, orders))
+    return replace(layout, leaves=leaves, outputs=tuple(map(turned, layout.outputs, orders[-len(layout.outputs) :])))
 
+
+def _changed(x: Digest | None, y: Digest | None) -> Tensor | None:
+    """Return which rows changed; ``None`` if the shape did."""
+    if x is None or y is None:
+        return torch.zeros(0, dtype=torch.long) if x is y else None
+    if x.value.shape != y.value.shape:
+        return None
+    scale = torch.maximum(x.scale, y.scale)
+    different = (x.value - y.value).abs() > x.tolerance * scale
+    return torch.nonzero(different | (x.value.isfinite() != y.value.isfinite())).flatten()
+
+
+def _order(axis: SampleAxis | None, rows: Tensor | None, x: Digest | None) -> str:
+    """Return how an axis is ordered, by which rows changed with sample 0; "coupled" if others changed too."""
+    if rows is None:
+        return "coupled"
+    if axis is None:
+        return "coupled" if rows.numel() else "fits"
+    in_first_block, strided = bool((rows < axis.rows).all()), bool((rows % 3 == 0).all())
+    if axis.rows == 1:
+        return "fits" if in_first_block else "coupled"
+    if rows.numel() == 0 and x is not None:
+        return _order_of_copies(x)
+    if in_first_block and strided:
+        return "unknown"
+    return "sample first" if in_first_block else "row first" if strided else "coupled"
+
+
+def _order_of_copies(x: Digest) -> str:
+    """Return the order of rows that are the same for all three samples, as in ``position_bias.repeat(B, 1, 1)``."""
+    blocks, scale = x.value.reshape(3, -1), x.scale.max()
+    strides = x.value.reshape(-1, 3)
+    same_blocks = bool(((blocks - blocks[:1]).abs() <= x.tolerance * scale).all())
+    same_strides = bool(((strides - strides[:, :1]).abs() <= x.tolerance * scale).all())
+    if same_blocks == same_strides:
+        return "unknown"
+    return "sample first" if same_blocks else "row first"

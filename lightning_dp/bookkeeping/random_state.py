@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of the generators of the CPU and of every CUDA device in use."""
+    """The state of torch's generators of the CPU and of every CUDA device in use, and of Python's and NumPy's."""
 
     cpu: Tensor
     cuda: tuple[Tensor, ...]
+    python: Any = None
+    numpy: Any = None
 
     @staticmethod
     def now() -> RandomState:
@@ -23,8 +28,18 @@ class RandomState:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
         return RandomState(torch.get_rng_state(), tuple(cuda))
 
+    @staticmethod
+    def of_all() -> RandomState:
+        """Return the present state with those of Python and NumPy, by which layers may be dropped."""
+        now, numpy = RandomState.now(), sys.modules.get("numpy")
+        return RandomState(now.cpu, now.cuda, random.getstate(), numpy and numpy.random.get_state())
+
     def restore(self) -> None:
         """Set the generators to this state."""
+        if self.python is not None:
+            random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))

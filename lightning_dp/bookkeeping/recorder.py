@@ -9,16 +9,17 @@ computes no weight gradient; a `Tap` on its output receives the output gradient 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.book import Book, Derived, Target
+from lightning_dp.bookkeeping.call import Call, identity, is_copy, is_transposition
 from lightning_dp.bookkeeping.interception import (
     Tap,
+    check_outputs,
     flat,
     float_outputs,
     function_name,
@@ -26,37 +27,26 @@ from lightning_dp.bookkeeping.interception import (
     is_in_place,
     map_leaves,
     out_of_place,
+    reads_metadata,
     with_float_outputs,
     without_interception,
 )
-from lightning_dp.bookkeeping.layout import Key, Kind, Layout, Layouts, describe
+from lightning_dp.bookkeeping.layout import Key, Kind, Layout, Layouts, key_of
 from lightning_dp.bookkeeping.operation import Operation, Recording
 from lightning_dp.bookkeeping.random_state import RandomState
+from lightning_dp.bookkeeping.refusals import (
+    closed_before,
+    escaped,
+    inner_gradient,
+    kept_from_before,
+    no_gradient,
+    refusal,
+    unobserved,
+    written_in_place,
+)
 from lightning_dp.bookkeeping.rules import find_rule
+from lightning_dp.bookkeeping.rules.embedding import check_table
 from lightning_dp.bookkeeping.rules.generic import generic
-from lightning_dp.errors import UnsupportedModelError
-
-_TRANSPOSITIONS = {"t", "T", "mT", "adjoint"}
-_SWAPS = {"transpose", "swapaxes", "swapdims"}
-_COPIES = {"clone", "contiguous", "to", "float", "double", "bfloat16", "type_as", "type"}
-
-
-class Probe(Protocol):
-    """Sees the values of every function whose layout was used."""
-
-    def __call__(self, key: Key, occurrence: int, leaves: list[Any], outputs: tuple[Tensor, ...]) -> None: ...
-
-
-@dataclass
-class Call:
-    """One call of a torch function, and how the recorder knows it."""
-
-    name: str
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    leaves: list[Any]
-    key: Key
 
 
 class Recorder:
@@ -66,62 +56,102 @@ class Recorder:
         names: Name of each trained parameter by ``id``.
         layouts: What was observed of the model.
         num_samples: B, the number of samples in the batch.
-        probe: Called with the values of every function that uses a layout.
+        recording: Whether a pass is being recorded now, this one or a later one.
     """
 
     def __init__(
-        self, names: Mapping[int, str], layouts: Layouts, num_samples: int, probe: Probe | None = None
+        self, names: Mapping[int, str], layouts: Layouts, num_samples: int, recording: Callable[[], bool]
     ) -> None:
         self.book = Book(num_samples)
-        self._names, self._layouts, self._probe = names, layouts, probe
+        self._names, self._layouts, self._recording_now = names, layouts, recording
         self._occurrences: dict[Key, int] = {}
         self._roots: dict[str, Tensor] = {}
         self._derived_class = intercepting(Tensor, self.dispatch)
         self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor_node = torch.autograd.graph.get_gradient_edge(self._anchor).node
+        self._num_taps = self._num_received = 0
+        self._closed = False
 
     def dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function that a swapped parameter or a derived tensor enters."""
         with without_interception():
             name = function_name(func)
+            check_table(func, args, kwargs)
             if name is None or not torch.is_grad_enabled():
                 return func(*args, **kwargs)
+            if func is torch.autograd.grad:
+                raise inner_gradient("a trained parameter")
             leaves = flat(args, kwargs)
-            targets = [target for target in map(self._target_of, leaves) if target is not None]
-            if not targets:
+            targets = [self._target_of(leaf) for leaf in leaves]
+            found = [target for target in targets if target is not None]
+            if not found or self._closed or reads_metadata(name, targets[0] is not None):
                 plain_args, plain_kwargs = map_leaves(self._plain, args, kwargs)
                 return func(*plain_args, **plain_kwargs)
-            call = Call(name, func, args, kwargs, leaves, (name, tuple(map(identity, targets))))
-            if is_in_place(name) or "out" in kwargs:
+            call = Call(name, func, args, kwargs, leaves, key_of(name, map(identity, found)))
+            if is_in_place(name) or kwargs.get("out") is not None:
                 return self._run_in_place(call)
             return self._run(call)
 
-    def check_escapes(self) -> None:
-        """Raise if a derived tensor got a gradient from autograd past the book."""
+    def close(self) -> Book:
+        """End the pass and return its book.
+
+        Raises:
+            UnsupportedModelError: If a gradient went past the book.
+        """
+        self._closed = True
         for name, leaf in self._roots.items():
             if leaf.grad is not None:
                 raise escaped(name)
+        if self._num_taps and not self._num_received:
+            raise no_gradient()
+        self._layouts.check_counts(self._occurrences)
+        self.book.close()
+        return self.book
+
+    def abandon(self) -> None:
+        """End the pass without a book."""
+        self._closed = True
 
     def _run(self, call: Call) -> Any:
         """Run a function of a parameter and something else, as it was observed."""
-        occurrence = self._occurrences.get(call.key, 0)
-        layout = self._layouts.find(call.key, occurrence)
+        layout = self._layout(call.key)
         if layout.kind is Kind.DERIVED if layout is not None else self._only_parameters(call):
-            self._note(call, occurrence, ())
             return self._derive(call)
         plain_args, plain_kwargs = map_leaves(self._plain, call.args, call.kwargs)
         random_state = RandomState.now() if layout is not None and layout.random else None
         result = call.func(*plain_args, **plain_kwargs)
+        check_outputs(call.name, result)
         outputs = float_outputs(result)
         if not outputs:
             return result
         if layout is None:
             raise unobserved(call.key)
-        self._note(call, occurrence, outputs)
         record, saved = self._recording(call, layout, random_state)
-        taps = Tap.apply(record, len(outputs), self._anchor, *outputs, *saved)
+        self._num_taps += 1
+        taps = Tap.apply(self._wanted, record, len(outputs), self._anchor, *outputs, *saved)
         return with_float_outputs(result, taps if isinstance(taps, tuple) else (taps,))
 
+    def _layout(self, key: Key) -> Layout | None:
+        """Return the layout of this use of a function; uses in the backward pass are recomputations."""
+        recomputed = torch._C._current_graph_task_id() != -1
+        occurrence = self._occurrences.get(key, 0)
+        if not recomputed:
+            self._occurrences[key] = occurrence + 1
+        return self._layouts.find(key, occurrence, recomputed)
+
+    def _wanted(self) -> bool:
+        """Whether the backward pass that runs now would accumulate into the parameters; asked by every `Tap`."""
+        if torch.is_grad_enabled():
+            raise inner_gradient("an input or an activation")
+        wanted: bool = torch._C._will_engine_execute_node(self._anchor_node)  # type: ignore[attr-defined]
+        if wanted and self._closed:
+            raise closed_before()
+        self._num_received += wanted
+        return wanted
+
     def _recording(self, call: Call, layout: Layout, random_state: RandomState | None) -> Recording:
+        if layout.leaves and len(layout.leaves) != len(call.leaves):
+            raise unobserved(call.key)
         if layout.kind is Kind.REFUSED:
             return refusal(call.key, layout.reason), []
         operation = Operation(
@@ -142,11 +172,8 @@ class Recorder:
     def _run_in_place(self, call: Call) -> Any:
         """Run ``x.add_(p)`` as ``x.copy_(x.clone().add_(p))``: the second form has an output that can be tapped."""
         first = call.args[0]
-        if self._target_of(first) is not None or "out" in call.kwargs:
-            raise UnsupportedModelError(
-                f"'{call.name}' writes in place, with {describe(call.key)} in its arguments, in a way that has no "
-                "per-sample gradient: use the function that returns a new tensor."
-            )
+        if not isinstance(first, Tensor) or self._target_of(first) is not None or "out" in call.kwargs:
+            raise written_in_place(call.key)
         arguments = (first.clone(), *call.args[1:])
         leaves = [arguments[0], *call.leaves[1:]]
         first.copy_(self._run(Call(call.name, out_of_place(call.func), arguments, call.kwargs, leaves, call.key)))
@@ -154,6 +181,8 @@ class Recorder:
 
     def _derive(self, call: Call) -> Any:
         """Run a function of parameters alone on a graph of its own, through which entries are carried back."""
+        if any(isinstance(t, Tensor) and t.requires_grad and not self._is_constant(t) for t in call.leaves):
+            raise unobserved(call.key)  # an activation where only constants were observed: its gradient would be lost
         args, kwargs = map_leaves(self._in_graph, call.args, call.kwargs)
         result = call.func(*args, **kwargs)
         outputs = float_outputs(result)
@@ -173,14 +202,14 @@ class Recorder:
         tensor.derived = derived  # type: ignore[attr-defined]
         return tensor
 
-    def _note(self, call: Call, occurrence: int, outputs: tuple[Tensor, ...]) -> None:
-        self._occurrences[call.key] = occurrence + 1
-        if self._probe is not None:
-            self._probe(call.key, occurrence, call.leaves, outputs)
+    def _is_constant(self, t: Tensor) -> bool:
+        return isinstance(t, torch.nn.Parameter) or self._target_of(t) is not None
 
     def _target_of(self, leaf: Any) -> Target | None:
-        if type(leaf) is self._derived_class:
-            derived: Derived = leaf.derived
+        derived: Derived | None = getattr(leaf, "derived", None) if isinstance(leaf, Tensor) else None
+        if derived is not None:
+            if (self._closed or type(leaf) is not self._derived_class) and self._recording_now():
+                raise kept_from_before(derived.identity)
             return derived
         return self._names.get(id(leaf)) if isinstance(leaf, torch.nn.Parameter) and leaf.requires_grad else None
 
@@ -188,7 +217,7 @@ class Recorder:
         return not any(isinstance(leaf, Tensor) and self._target_of(leaf) is None for leaf in call.leaves)
 
     def _plain(self, leaf: Any) -> Any:
-        if isinstance(leaf, torch.nn.Parameter) or type(leaf) is self._derived_class:
+        if isinstance(leaf, torch.nn.Parameter) or (isinstance(leaf, Tensor) and hasattr(leaf, "derived")):
             return leaf.detach()
         return leaf
 
@@ -199,46 +228,3 @@ class Recorder:
                 self._roots[target] = leaf.detach().requires_grad_()
             return self._roots[target]
         return leaf.as_subclass(Tensor) if isinstance(target, Derived) else self._plain(leaf)
-
-
-def is_copy(call: Call) -> bool:
-    """Whether a function returns its first argument, up to memory layout and dtype."""
-    return call.name in _COPIES
-
-
-def is_transposition(call: Call) -> bool:
-    """Whether a function returns the transpose of its first argument, a matrix."""
-    if call.leaves[0].dim() != 2:
-        return False
-    return call.name in _TRANSPOSITIONS or (call.name in _SWAPS and {d % 2 for d in call.leaves[1:]} == {0, 1})
-
-
-def identity(target: Target) -> Hashable:
-    """Return what tells a parameter or a derived tensor from others in an observation."""
-    return target.identity if isinstance(target, Derived) else target
-
-
-def refusal(key: Key, reason: str) -> Callable[..., None]:
-    """Return a record that raises: only a refused function whose gradient is really used is an error."""
-
-    def record(*_: Tensor) -> None:
-        raise UnsupportedModelError(f"'{key[0]}' of {describe(key)} has no exact per-sample gradient: {reason}")
-
-    return record
-
-
-def unobserved(key: Key) -> UnsupportedModelError:
-    """Return the error for a function that no observation has seen."""
-    return UnsupportedModelError(
-        f"'{key[0]}' of {describe(key)} was not used when the model was observed, so it is not known where the samples "
-        "lie in it. Make sure that every branch of the training step runs for the first samples of the dataset."
-    )
-
-
-def escaped(name: str) -> UnsupportedModelError:
-    """Return the error for a gradient that autograd computed past the book."""
-    return UnsupportedModelError(
-        f"parameter '{name}' received a gradient that is not in the book: it enters an operation that torch does not "
-        "let us see, such as a custom torch.autograd.Function, a ScriptModule or a compiled module. Freeze it "
-        "(requires_grad_(False)) or write the operation in torch functions."
-    )

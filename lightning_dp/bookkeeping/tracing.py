@@ -6,10 +6,13 @@ contents (``observation``).
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_dp.bookkeeping.axes import SampleAxis, find_axis
@@ -19,15 +22,20 @@ from lightning_dp.bookkeeping.interception import (
     function_name,
     intercepting,
     is_in_place,
+    reads_metadata,
     with_float_outputs,
     without_interception,
 )
-from lightning_dp.bookkeeping.layout import Key, Kind, Layout, Layouts
+from lightning_dp.bookkeeping.layout import REPEATING, Key, Kind, Layout, key_of
 from lightning_dp.bookkeeping.random_state import RandomState
+from lightning_dp.bookkeeping.rules.embedding import check_table
+from lightning_dp.errors import UnsupportedModelError
 
 Shape = tuple[int, ...]
 
-_SUMS = {"add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub"}
+_MAX_INTEGERS = 4096
+
+_SUMS = {"add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "add_", "__iadd__", "sub_", "__isub__"}
 
 _DOES_NOT_SCALE = (
     "its tensors do not scale with the number of samples ({}). Samples must not be compared with, added to or counted "
@@ -36,6 +44,14 @@ _DOES_NOT_SCALE = (
 _REDUCED = (
     "it is applied to something already reduced over the batch, so the part of each sample cannot be told apart. Apply "
     "the parameter to every sample's own value and reduce afterwards."
+)
+_COUNTS = (
+    "one of its arguments holds integers that change with the number of samples, as in a packed sequence, so it is not "
+    "known which rows belong to which sample. Pad the sequences instead of packing them."
+)
+_REDUCED_AND_USED = (
+    "'{}' uses, for single samples, a sum of a trained parameter and something already reduced over the batch, so that "
+    "every sample changes what is computed for all others. Reduce over the batch last."
 )
 
 
@@ -47,13 +63,40 @@ class Activation:
     """Marks a tensor that depends on the batch."""
 
 
+class Reduced(Activation):
+    """Marks a sum of a function of parameters and of something reduced over the batch, such as a regularised loss."""
+
+
+Mark = Activation | Key | str | None
+"""Marks a tensor; else the identity of a parameter or a function of parameters, ``None`` for a constant."""
+
+
 @dataclass(frozen=True)
 class Event:
-    """What a traced function looked like: its name, the shapes (or values) of its leaves, the shapes of its outputs."""
+    """What a traced function looked like.
+
+    Args:
+        name: Its name.
+        leaves: The shapes (or values) of its leaves.
+        outputs: The shapes of its outputs.
+        integers: The contents of small integer tensors among the leaves.
+    """
 
     name: str
     leaves: tuple[Shape | int | None, ...]
     outputs: tuple[Shape, ...]
+    integers: tuple[tuple[int, ...] | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of trained parameters, as it was concluded and with the tensors that it had."""
+
+    key: Key
+    layout: Layout
+    with_gradient: bool
+    leaves: list[Any]
+    outputs: tuple[Tensor, ...]
 
 
 class Tracer:
@@ -62,13 +105,20 @@ class Tracer:
     Args:
         names: Name of each trained parameter by ``id``.
         before: The events of the pass with two samples; ``None`` in that pass itself.
+        digest: What is to be kept of a leaf or an output with its sample axis.
     """
 
-    def __init__(self, names: Mapping[int, str], before: list[Event] | None) -> None:
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        before: list[Event] | None,
+        digest: Callable[[Any, SampleAxis | None], Any] = lambda leaf, axis: None,
+    ) -> None:
         self.events: list[Event] = []
-        self.layouts = Layouts()
-        self._names, self._before = names, before
+        self.uses: list[Use] = []
+        self._names, self._before, self._digest = names, before, digest
         self._class = intercepting(Tensor, self.dispatch)
+        self._followed: list[weakref.ref[Tensor]] = []
 
     def dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function as usual and note what it looked like."""
@@ -76,26 +126,45 @@ class Tracer:
             name = function_name(func)
             if name is None:
                 return func(*args, **kwargs)
+            check_table(func, args, kwargs)
             before = RandomState.now()
             result = func(*args, **kwargs)
             outputs = (args[0],) if name == "__setitem__" else float_outputs(result)
-            if not outputs:
+            leaves = flat(args, kwargs)
+            constant = torch.is_grad_enabled() and not any(t.requires_grad for t in outputs)
+            if constant or not outputs or reads_metadata(name, self._is_followed(leaves[0])):
                 return result
             random = RandomState.now().differs_from(before)
-            mark = self._note(name, flat(args, kwargs), outputs, random)
-            if name == "__setitem__":
-                return result
-            return with_float_outputs(result, [self._wrap(t, mark) for t in outputs])
+            mark = self._note(name, leaves, outputs, random)
+            if is_in_place(name) or kwargs.get("out") is not None:
+                return result  # the very tensor that was written, which the model may keep
+            return with_float_outputs(result, [self._follow(t, mark) for t in outputs])
 
-    def _wrap(self, t: Tensor, mark: Any) -> Tensor:
+    def release(self) -> None:
+        """Let go of what is followed, which the model may have kept."""
+        for reference in self._followed:
+            t = reference()
+            if t is not None:
+                t.__class__ = Tensor
+                vars(t).pop("mark", None)
+
+    def check_complete(self) -> None:
+        """Raise if the pass ran fewer functions than the one before."""
+        if self._before is not None and len(self.events) != len(self._before):
+            raise DifferentControlFlow
+
+    def _follow(self, t: Tensor, mark: Mark) -> Tensor:
         if type(t) is not self._class:
             t = t.as_subclass(self._class)
+            self._followed.append(weakref.ref(t))
         t.mark = mark  # type: ignore[attr-defined]
         return t
 
-    def _note(self, name: str, leaves: list[Any], outputs: tuple[Tensor, ...], random: bool) -> Any:
-        """Note an event; return the mark of its outputs: the identity of a function of parameters, or an activation."""
-        event = Event(name, tuple(map(_look, leaves)), tuple(tuple(t.shape) for t in outputs))
+    def _note(self, name: str, leaves: list[Any], outputs: tuple[Tensor, ...], random: bool) -> Mark:
+        """Note an event; return the mark of its outputs."""
+        event = Event(
+            name, tuple(map(_look, leaves)), tuple(tuple(t.shape) for t in outputs), tuple(map(_ints, leaves))
+        )
         at = len(self.events)
         self.events.append(event)
         if self._before is None:
@@ -103,16 +172,31 @@ class Tracer:
         if at >= len(self._before) or self._before[at].name != name:
             raise DifferentControlFlow
         marks = [self._mark(leaf) for leaf in leaves]
-        identities = tuple(m for m in marks if m is not None and not isinstance(m, Activation))
-        layout = replace(conclude(self._before[at], event, any(isinstance(m, Activation) for m in marks)), random=random)
-        key: Key = (name, identities)
-        if identities:
-            self.layouts.add(key, layout)
-        return key if identities and layout.kind is Kind.DERIVED else Activation()
+        on_activations = any(isinstance(m, Activation) for m in marks)
+        layout = replace(conclude(self._before[at], event, on_activations), random=random)
+        if any(isinstance(m, Reduced) for m in marks) and any(axis is not None for axis in layout.outputs):
+            raise UnsupportedModelError(_REDUCED_AND_USED.format(name))
+        key = key_of(name, [m for m in marks if m is not None and not isinstance(m, Activation)])
+        if key[1]:
+            self.uses.append(self._use(key, layout, leaves, outputs))
+        if layout.kind is Kind.DERIVED:
+            return key if key[1] else None
+        return Reduced() if layout.kind is Kind.SHARED and key[1] else Activation()
 
-    def _mark(self, leaf: Any) -> Any:
+    def _use(self, key: Key, layout: Layout, leaves: list[Any], outputs: tuple[Tensor, ...]) -> Use:
+        leaf_axes = layout.leaves or (None,) * len(leaves)
+        output_axes = layout.outputs or (None,) * len(outputs)
+        digests = [self._digest(leaf, axis) for leaf, axis in zip(leaves, leaf_axes, strict=True)]
+        out = tuple(self._digest(t, axis) for t, axis in zip(outputs, output_axes, strict=True))
+        return Use(key, layout, torch.is_grad_enabled(), digests, out)
+
+    def _is_followed(self, leaf: Any) -> bool:
+        return type(leaf) is self._class or isinstance(leaf, nn.Parameter)
+
+    def _mark(self, leaf: Any) -> Mark:
         if type(leaf) is self._class:
-            return leaf.mark
+            mark: Mark = vars(leaf)["mark"]
+            return mark
         if isinstance(leaf, nn.Parameter):
             return self._names.get(id(leaf)) if leaf.requires_grad else None
         return Activation() if isinstance(leaf, Tensor) and leaf.requires_grad else None
@@ -121,25 +205,45 @@ class Tracer:
 def conclude(two: Event, three: Event, on_activations: bool) -> Layout:
     """Conclude from the shapes with two and with three samples how one function depends on the batch."""
     try:
-        axes = tuple(map(_axis, two.leaves, three.leaves))
         outputs = tuple(map(_axis, two.outputs, three.outputs))
+        if len(two.leaves) != len(three.leaves):
+            return _repeated(three, outputs, on_activations)
+        axes = tuple(map(_axis, two.leaves, three.leaves))
     except ValueError as problem:
         return Layout(Kind.REFUSED, reason=_DOES_NOT_SCALE.format(problem))
+    if any(m != n and axis is None for m, n, axis in zip(two.integers, three.integers, axes, strict=True)):
+        return Layout(Kind.REFUSED, axes, outputs, reason=_COUNTS)
     counts_samples = any(isinstance(n, int) and n != m for n, m in zip(two.leaves, three.leaves, strict=True))
     if any(axis is not None for axis in outputs):
         return Layout(Kind.PER_SAMPLE, axes, outputs, sliceable=not counts_samples and not is_in_place(two.name))
     carries_samples = any(axis is not None for axis in axes)
     if not carries_samples and not on_activations:
         return Layout(Kind.DERIVED, axes, outputs)
-    if not carries_samples and two.name in _SUMS:
+    if not carries_samples and two.name in _SUMS and all(math.prod(shape) == 1 for shape in three.outputs):
         return Layout(Kind.SHARED, axes, outputs)
     return Layout(Kind.REFUSED, axes, outputs, reason=_REDUCED)
+
+
+def _repeated(three: Event, outputs: tuple[SampleAxis | None, ...], on_activations: bool) -> Layout:
+    """Conclude for a function with one argument for each sample, ``torch.stack([p] * B)``."""
+    one_per_sample = any(axis is not None and axis.rows == 1 for axis in outputs)
+    if three.name in REPEATING and not on_activations and one_per_sample:
+        return Layout(Kind.PER_SAMPLE, (), outputs, sliceable=False)
+    return Layout(Kind.REFUSED, reason=_DOES_NOT_SCALE.format(f"{len(three.leaves)} arguments with three"))
 
 
 def _look(leaf: Any) -> Shape | int | None:
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape)
+    if isinstance(leaf, slice):
+        return hash((leaf.start, leaf.stop, leaf.step)) if leaf != slice(None) else None
     return leaf if isinstance(leaf, int) else None
+
+
+def _ints(leaf: Any) -> tuple[int, ...] | None:
+    if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex() or leaf.numel() > _MAX_INTEGERS:
+        return None
+    return tuple(leaf.detach().flatten().tolist())
 
 
 def _axis(two: Shape | int | None, three: Shape | int | None) -> SampleAxis | None:

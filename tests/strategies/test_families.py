@@ -47,6 +47,7 @@ def prepared(case, dtype):
 def test_one_step(case, dtype):
     module, batch = prepared(case, dtype)
     n = size_of(batch)
+
     def loop(dtype):
         values = to_dtype(batch, dtype)
         return clipped_mean(copy.deepcopy(module).to(dtype), lambda i: select(values, [i]), n)

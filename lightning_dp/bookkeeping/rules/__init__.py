@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_dp.bookkeeping.interception import out_of_place
 from lightning_dp.bookkeeping.operation import Rule
-from lightning_dp.bookkeeping.rules.broadcast import broadcast
+from lightning_dp.bookkeeping.rules.broadcast import addition, broadcast, reversed_subtraction, subtraction
 from lightning_dp.bookkeeping.rules.convolution import convolution, transposed_convolution
 from lightning_dp.bookkeeping.rules.embedding import embedding
 from lightning_dp.bookkeeping.rules.linear import addmm, linear, matmul
@@ -28,6 +29,18 @@ _RULES: dict[Callable[..., Any], Rule] = {
     Tensor.__matmul__: matmul,
     Tensor.expand: broadcast,
     torch.broadcast_to: broadcast,
+    torch.add: addition,
+    Tensor.add: addition,
+    Tensor.__add__: addition,
+    Tensor.__radd__: addition,
+    out_of_place(Tensor.add_): addition,
+    out_of_place(Tensor.__iadd__): addition,
+    torch.sub: subtraction,
+    Tensor.sub: subtraction,
+    Tensor.__sub__: subtraction,
+    Tensor.__rsub__: reversed_subtraction,
+    out_of_place(Tensor.sub_): subtraction,
+    out_of_place(Tensor.__isub__): subtraction,
     F.embedding: embedding,
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,

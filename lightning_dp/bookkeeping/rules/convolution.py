@@ -88,7 +88,7 @@ class _Geometry:
         positions, p, d = math.prod(g.shape[2:]), self.weight_shape[0], math.prod(self.weight_shape[1:])
         small = positions * (p + d) <= _UNFOLDED_IS_CHEAPER * p * d
         if small and len(self.stride) == 2 and self.groups == 1 and not self.transposed:
-            unfolded = F.unfold(x, self.weight_shape[2:], self.dilation, self.padding, self.stride)
+            unfolded = F.unfold(x, self.weight_shape[2:], *map(tuple, (self.dilation, self.padding, self.stride)))
             return _Unfolded(unfolded.mT, g.flatten(2).mT, self.weight_shape)
         return Dense(self.weight_gradients(x, g))
 
@@ -118,6 +118,10 @@ class _Unfolded(Outer):
     def __init__(self, a: Tensor, g: Tensor, shape: tuple[int, ...]) -> None:
         super().__init__(a, g)
         self._shape = shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
 
     def dense(self) -> Tensor:
         return super().dense().reshape(-1, *self._shape)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.bookkeeping.axes import merge_rows
@@ -9,26 +14,38 @@ from lightning_dp.bookkeeping.entries import Rows
 from lightning_dp.bookkeeping.operation import Operation, Recording
 from lightning_dp.errors import UnsupportedModelError
 
+_SIGNATURES = {F.embedding: inspect.signature(F.embedding), F.embedding_bag: inspect.signature(F.embedding_bag)}
+
+
+def check_table(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise before a look-up that has no private form runs; ``max_norm`` writes into the table, even without gradient.
+
+    Raises:
+        UnsupportedModelError: If one of the options is set.
+    """
+    if func not in _SIGNATURES:
+        return
+    given = _SIGNATURES[func].bind(*args, **kwargs).arguments
+    options = {name: given.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse")}
+    if options["max_norm"] is not None or options["scale_grad_by_freq"] or options["sparse"]:
+        raise UnsupportedModelError(
+            f"an embedding with {options}: max_norm writes into the table by what the batch contains, "
+            "scale_grad_by_freq couples the samples and sparse gradients cannot carry noise. Use max_norm=None, "
+            "scale_grad_by_freq=False, sparse=False, or freeze the table (requires_grad_(False))."
+        )
+
 
 def embedding(
     operation: Operation,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
+    *_: Any,
+    **_options: Any,
 ) -> Recording | None:
     """``weight[input]`` with integers ``input`` of any rank and weight ``[V, d]``."""
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        raise UnsupportedModelError(
-            f"an embedding with max_norm={max_norm}, scale_grad_by_freq={scale_grad_by_freq}, sparse={sparse}: "
-            "max_norm writes into the table by what the batch contains, scale_grad_by_freq couples the samples and "
-            "sparse gradients cannot carry noise. Use max_norm=None, scale_grad_by_freq=False, sparse=False."
-        )
     file, split, split_output = operation.filing(weight), operation.split(input), operation.split_output()
-    if file is None or split is None:
+    if file is None or split is None or operation.axis(input) != operation.layout.outputs[0]:
         return None
     num_rows = weight.shape[0]
 

@@ -2,15 +2,15 @@
 
 Two ways, both a vector-Jacobian product of the one function with the output gradient of one sample at a time:
 
-- *sliced*: the function runs on the rows of one sample, vmapped over the samples. Needs a function none of whose
-  arguments counts samples and that draws nothing at random.
+- *sliced*: the function runs on the rows of one sample, vmapped over the samples. Needs a function that draws nothing
+  at random and none of whose arguments counts samples or holds indices, which may point to rows of the whole batch.
 - *masked*: the function runs once more on the whole batch, and its graph is traversed with the output gradient of each
   sample in turn, the others set to zero. Needs nothing; B times the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -20,30 +20,35 @@ from torch.func import vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dp.bookkeeping.axes import SampleAxis
-from lightning_dp.bookkeeping.book import batched_gradients
+from lightning_dp.bookkeeping.book import batched_gradients, quiet_vmap
 from lightning_dp.bookkeeping.entries import Dense
 from lightning_dp.bookkeeping.interception import float_outputs
 from lightning_dp.bookkeeping.layout import Kind
 from lightning_dp.bookkeeping.operation import File, Operation, Recording
 from lightning_dp.bookkeeping.random_state import replaying
+from lightning_dp.errors import UnsupportedModelError
 
 Outputs = tuple[Tensor, ...]
 
 
 def generic(operation: Operation) -> Recording:
     """File the per-sample gradients of every trained argument of any function."""
-    replay = _Replay(operation)
+    replay, operation_name = _Replay(operation), getattr(operation.func, "__name__", "function")
     layout, num_samples = operation.layout, operation.book.num_samples
-    axes = [layout.leaves[k] for k in replay.tensors_at] if layout.leaves else [None] * len(replay.tensors_at)
+    axes = [layout.leaves[k] if layout.leaves else None for k in replay.tensors_at]
     sliceable = layout.sliceable and layout.kind is Kind.PER_SAMPLE and None not in layout.outputs
-    sliceable = sliceable and not layout.random
+    sliceable = sliceable and not layout.random and not any(map(_is_index, replay.saved, axes))
+    shared = layout.kind is Kind.SHARED
 
     def record(*tensors: Tensor) -> None:
         count = len(tensors) - len(axes)
         gradients, saved = tensors[:count], tensors[count:]
+        rows: Sequence[Tensor | None] | None = None
         if sliceable:
             rows = _sliced(replay, saved, axes, gradients, layout.outputs, num_samples)
-        else:
+        if rows is None:
+            if not shared:
+                _check_unshared(operation_name, gradients, layout.outputs)
             rows = _masked(replay, saved, gradients, layout.outputs, num_samples)
         for file, g in zip(replay.files, rows, strict=True):
             if g is not None:
@@ -91,17 +96,38 @@ def _sliced(
     gradients: tuple[Tensor, ...],
     output_axes: tuple[SampleAxis | None, ...],
     num_samples: int,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients by the rows of one sample at a time; ``None`` if the function does not run on them."""
+
     def one(slices: list[Tensor], g: list[Tensor]) -> tuple[Tensor, ...]:
         rest = iter(slices)
         others = tuple(t if axis is None else next(rest) for t, axis in zip(saved, axes, strict=True))
-        outputs, pull = vjp(lambda *trained: replay(trained, others), *replay.trained)
+        outputs, pull = vjp(lambda *trained: replay(trained, others), *replay.trained)[:2]
         return tuple(pull(tuple(gi.to(o.dtype) for gi, o in zip(g, outputs, strict=True))))
 
     slices = [axis.split(t, num_samples) for t, axis in zip(saved, axes, strict=True) if axis is not None]
     upstream = [axis.split(g, num_samples) for g, axis in zip(gradients, output_axes, strict=True) if axis is not None]
-    result: tuple[Tensor, ...] = vmap(one)(slices, upstream)
+    try:
+        with quiet_vmap():
+            result: tuple[Tensor, ...] = vmap(one)(slices, upstream)
+    except (RuntimeError, IndexError, ValueError):  # no batching rule, or sizes that only fit the whole batch
+        return None
     return result
+
+
+def _is_index(t: Tensor, axis: SampleAxis | None) -> bool:
+    """Whether a tensor that carries samples may hold positions along the sample axis of another."""
+    return axis is not None and not (t.is_floating_point() or t.is_complex() or t.dtype is torch.bool)
+
+
+def _check_unshared(name: str, gradients: tuple[Tensor, ...], axes: tuple[SampleAxis | None, ...]) -> None:
+    """Raise if a gradient came back to an output that carries no samples, beside others that do."""
+    for k, g in enumerate(gradients):
+        if _axis(axes, k) is None and bool((g != 0).any()):
+            raise UnsupportedModelError(
+                f"output {k} of '{name}' of a trained parameter carries no samples while others do, so its gradient "
+                "cannot be told apart by sample: compute this output by a function of its own."
+            )
 
 
 def _masked(
@@ -115,6 +141,8 @@ def _masked(
     with torch.enable_grad():
         outputs = replay(trained, tuple(t.detach() for t in saved))
     used = [k for k, t in enumerate(outputs) if t.requires_grad]
+    if not used:  # not differentiable
+        return [None] * len(trained)
     upstream = [_one_at_a_time(gradients[k], _axis(output_axes, k), num_samples) for k in used]
     return batched_gradients([outputs[k] for k in used], trained, upstream)
 

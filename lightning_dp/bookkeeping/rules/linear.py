@@ -18,7 +18,7 @@ def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | N
 
 def addmm(operation: Operation, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Recording | None:
     """``input + mat1 @ mat2`` with mat1 ``[T, d]``, mat2 ``[d, p]``."""
-    if any(scale != 1 for scale in scales.values()) or input.dim() != 1:
+    if any(scale != 1 for scale in scales.values()):
         return None
     return _product(operation, mat1, mat2, input, transposed=True)
 
@@ -38,6 +38,8 @@ def _product(
     in_last = (axis is not None and axis.dim == input.dim() - 1) or operation.filing(input) is not None
     if split is None or in_last or weight.dim() != 2 or axis != output_axis:
         return None
+    if bias is not None and tuple(bias.shape) != (weight.shape[1 if transposed else 0],):
+        return None  # a bias that is broadcast
 
     def record(g: Tensor, x: Tensor | None = None) -> None:
         g = merge_rows(split_output(g), 1)
@@ -51,5 +53,3 @@ def _product(
 
 def _file_outer(file: File, a: Tensor, g: Tensor, transposed: bool) -> None:
     file(Outer(g, a) if transposed else Outer(a, g))
-
-

@@ -1,0 +1,80 @@
+"""The errors of a recorded pass: each names the parameter and the function, and the way out.
+
+Owns: their words. Does not own: any check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lightning_dp.bookkeeping.layout import Key, describe
+from lightning_dp.errors import UnsupportedModelError
+
+
+def refusal(key: Key, reason: str) -> Callable[..., None]:
+    """Return a record that raises: only a refused function whose gradient is really used is an error."""
+
+    def record(*_: Tensor) -> None:
+        raise UnsupportedModelError(f"'{key[0]}' of {describe(key)} has no exact per-sample gradient: {reason}")
+
+    return record
+
+
+def unobserved(key: Key) -> UnsupportedModelError:
+    """Return the error for a function that no observation has seen."""
+    return UnsupportedModelError(
+        f"'{key[0]}' of {describe(key)} was not used when the model was observed, so it is not known where the samples "
+        "lie in it. Make sure that every branch of the training step runs for the first samples of the dataset."
+    )
+
+
+def escaped(name: str) -> UnsupportedModelError:
+    """Return the error for a gradient that autograd computed past the book."""
+    return UnsupportedModelError(
+        f"parameter '{name}' received a gradient that is not in the book: it enters an operation that torch does not "
+        "let us see, such as a custom torch.autograd.Function, a ScriptModule or a compiled module. Freeze it "
+        "(requires_grad_(False)) or write the operation in torch functions."
+    )
+
+
+def inner_gradient(of: str) -> UnsupportedModelError:
+    """Return the error for a gradient that is taken inside the training step and goes into the loss."""
+    return UnsupportedModelError(
+        f"the training step differentiates with respect to {of} in a way that goes into the loss (torch.autograd.grad, "
+        "or create_graph=True for a gradient penalty): the parameters' share of it has no per-sample gradient here. "
+        "Detach the inner gradient, or leave it out of the loss."
+    )
+
+
+def written_in_place(key: Key) -> UnsupportedModelError:
+    """Return the error for a function that writes into a function of parameters."""
+    return UnsupportedModelError(
+        f"'{key[0]}' writes in place, with {describe(key)} in its arguments, in a way that has no per-sample gradient: "
+        "use the function that returns a new tensor."
+    )
+
+
+def kept_from_before(key: Key) -> UnsupportedModelError:
+    """Return the error for a function of parameters that was computed in an earlier pass."""
+    return UnsupportedModelError(
+        f"'{key[0]}' of {describe(key)} was computed in an earlier pass and is used again in this one, where its "
+        "gradient would be lost: compute it anew in every training step."
+    )
+
+
+def no_gradient() -> UnsupportedModelError:
+    """Return the error for a pass without a backward pass."""
+    return UnsupportedModelError(
+        "no gradient came back to any trained parameter: there was no backward pass of the loss between recording() "
+        "and close(), or one with an `inputs` argument, which names other tensors only."
+    )
+
+
+def closed_before() -> UnsupportedModelError:
+    """Return the error for a second backward pass."""
+    return UnsupportedModelError(
+        "a backward pass ran through a forward pass whose book was closed: its gradient would be lost. Call backward() "
+        "once for every forward pass."
+    )

@@ -1,0 +1,181 @@
+"""Model families of other libraries, unmodified, in tiny configurations; their dropout is off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.bookkeeping.oracle import Batch, Case
+
+B = 4
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LLAMA = {**SMALL, "num_key_value_heads": 1}
+GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+GPT2_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+BART = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "dropout": 0.0}
+DISTIL = {"vocab_size": 50, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+DISTIL |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+
+
+def text() -> Batch:
+    """Return token ids and labels."""
+    return {"ids": torch.randint(5, 50, (B, 7)), "y": torch.randint(0, 2, (B,))}
+
+
+def images(size: int) -> Callable[[], Batch]:
+    """Return images and labels."""
+    return lambda: {"x": torch.randn(B, 3, size, size), "y": torch.randint(0, 5, (B,))}
+
+
+def next_token(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of a causal language model; all sequences have one length, so the mean is one over samples."""
+    logits = model(input_ids=batch["ids"]).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch["ids"][:, 1:].flatten())
+
+
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss that an encoder-decoder computes itself."""
+    return model(input_ids=batch["ids"], labels=batch["ids"]).loss
+
+
+def label(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of a text classifier."""
+    return F.cross_entropy(model(input_ids=batch["ids"]).logits, batch["y"])
+
+
+def picture(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of an image classifier."""
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def no_dropout(model: nn.Module) -> nn.Module:
+    """Switch off every dropout and stochastic depth."""
+    for module in model.modules():
+        for name in ("p", "drop_prob", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def transformer(kind: str, config: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
+    """Return the recipe of a model of the transformers library."""
+
+    def build() -> nn.Module:
+        library = pytest.importorskip("transformers")
+        return no_dropout(getattr(library, kind)(getattr(library, config)(**options)))
+
+    return build
+
+
+def adapted() -> nn.Module:
+    """Return a GPT-2 with low-rank adapters."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["c_attn"], r=4, fan_in_fan_out=True)
+    return peft.get_peft_model(transformer("GPT2LMHeadModel", "GPT2Config", {**GPT2, **GPT2_NO_DROPOUT})(), config)
+
+
+def image_model(name: str, **options: Any) -> Callable[[], nn.Module]:
+    """Return the recipe of a model of the timm library."""
+    return lambda: no_dropout(pytest.importorskip("timm").create_model(name, num_classes=5, **options))
+
+
+def torchvision_model(build: Callable[[Any], nn.Module]) -> Callable[[], nn.Module]:
+    """Return the recipe of a model of the torchvision library."""
+    return lambda: no_dropout(build(pytest.importorskip("torchvision.models")))
+
+
+def mixer() -> nn.Module:
+    """Return an MLP-Mixer, which mixes the positions with the transpose of its input."""
+    library = pytest.importorskip("timm.models.mlp_mixer")
+    return library.MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=2, embed_dim=16)
+
+
+def groups(channels: int, **_: Any) -> nn.Module:
+    """Return a normalisation in the place of batch normalisation."""
+    return nn.GroupNorm(4 if channels % 4 == 0 else 1, channels)
+
+
+TINY_VIT = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2}
+FAMILIES = [
+    Case("GPT-2", transformer("GPT2LMHeadModel", "GPT2Config", {**GPT2, **GPT2_NO_DROPOUT}), text, next_token),
+    Case("BERT", transformer("BertForSequenceClassification", "BertConfig", {**SMALL, **NO_DROPOUT}), text, label),
+    Case(
+        "RoBERTa",
+        transformer("RobertaForSequenceClassification", "RobertaConfig", {**SMALL, **NO_DROPOUT, "pad_token_id": 1}),
+        text,
+        label,
+    ),
+    Case("Llama", transformer("LlamaForCausalLM", "LlamaConfig", LLAMA), text, next_token),
+    Case("Mistral", transformer("MistralForCausalLM", "MistralConfig", LLAMA), text, next_token),
+    Case("Qwen3", transformer("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 8}), text, next_token),
+    Case(
+        "Mamba",
+        transformer(
+            "MambaForCausalLM",
+            "MambaConfig",
+            {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+        ),
+        text,
+        next_token,
+    ),
+    Case("LoRA", adapted, text, next_token),
+    Case("DistilBERT", transformer("DistilBertForSequenceClassification", "DistilBertConfig", DISTIL), text, label),
+    Case(
+        "ALBERT",
+        transformer("AlbertForSequenceClassification", "AlbertConfig", {**SMALL, **NO_DROPOUT, "embedding_size": 8}),
+        text,
+        label,
+    ),
+    Case(
+        "DeBERTa-v2",
+        transformer(
+            "DebertaV2ForSequenceClassification",
+            "DebertaV2Config",
+            {**SMALL, **NO_DROPOUT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_dropout": 0.0},
+        ),
+        text,
+        label,
+    ),
+    Case(
+        "T5", transformer("T5ForConditionalGeneration", "T5Config", {**T5, "decoder_start_token_id": 0}), text, own_loss
+    ),
+    Case("BART", transformer("BartForConditionalGeneration", "BartConfig", BART), text, own_loss),
+    Case("ViT", image_model("vit_tiny_patch16_224", **TINY_VIT), images(32), picture),
+    Case("BEiT", image_model("beit_base_patch16_224", **TINY_VIT), images(32), picture),
+    Case(
+        "Swin",
+        image_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=8, depths=(2, 1), num_heads=(2, 2)),
+        images(56),
+        picture,
+    ),
+    Case("MLP-Mixer", mixer, images(32), picture),
+    Case("ConvNeXt", image_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), images(32), picture),
+    Case(
+        "EfficientNet",
+        image_model("efficientnet_lite0", norm_layer=groups, act_layer=nn.SiLU),
+        images(32),
+        picture,
+        slow=True,
+    ),
+    Case(
+        "ResNet-18",
+        torchvision_model(lambda tv: tv.resnet18(num_classes=5, norm_layer=groups)),
+        images(32),
+        picture,
+        slow=True,
+    ),
+    Case(
+        "torchvision-ViT",
+        torchvision_model(lambda tv: tv.VisionTransformer(32, 8, 2, 2, 16, 24, num_classes=5)),
+        images(32),
+        picture,
+    ),
+]
