@@ -8,6 +8,7 @@ from lightning_dp.errors import (
     PrivacyError,
     UnsupportedModelError,
 )
+from lightning_dp.losses import per_sample_mean
 from lightning_dp.strategies import DPStrategy
 
 __version__ = "0.1.0"
@@ -24,4 +25,5 @@ __all__ = [
     "calibrate_noise_multiplier",
     "compute_epsilon",
     "max_steps",
+    "per_sample_mean",
 ]

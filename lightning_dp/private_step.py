@@ -56,10 +56,8 @@ class PrivateStep:
         return self._logical_batches
 
     def begin(self) -> None:
-        """Begin a logical batch: no gradient of an earlier one is left."""
+        """Begin a logical batch."""
         self._logical_batches += 1
-        for parameter in self._parameters.values():
-            parameter.grad = None
 
     @torch.no_grad()
     def collect(self, book: Book, num_real: int) -> None:

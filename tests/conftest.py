@@ -1,6 +1,9 @@
 """What every test shares: quiet third parties, and no trace in the working directory."""
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 # Not ours to mend: a class that Lightning 2.6 uses and torch deprecates; Lightning's advice on small examples.
 THIRD_PARTY = (

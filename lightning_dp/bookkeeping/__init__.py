@@ -7,7 +7,10 @@ Reading order: ``engine`` (what a caller sees), ``recorder`` (what happens to on
 ``book``; then ``observation`` and ``tracing`` (where the samples lie).
 """
 
+from lightning_dp.bookkeeping.base import Keeping
 from lightning_dp.bookkeeping.book import Book
 from lightning_dp.bookkeeping.engine import BookKeeping
+from lightning_dp.bookkeeping.loop import LoopKeeping
+from lightning_dp.bookkeeping.self_check import Subject, self_check
 
-__all__ = ["Book", "BookKeeping"]
+__all__ = ["Book", "BookKeeping", "Keeping", "LoopKeeping", "Subject", "self_check"]

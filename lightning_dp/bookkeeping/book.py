@@ -80,10 +80,14 @@ class Book:
 
     def norm_sq(self) -> Tensor:
         """Return the squared norm of each sample's gradient over all parameters, shape ``[B]``."""
-        parts = [_norm_sq(entries) for entries in self.entries.values()]
+        parts = list(self.norm_sq_by_parameter().values())
         if not parts:
             return torch.zeros(self.num_samples)
         return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
+
+    def norm_sq_by_parameter(self) -> dict[str, Tensor]:
+        """Return the squared norm of each sample's gradient of every parameter that was used, each ``[B]``."""
+        return {name: _norm_sq(entries) for name, entries in self.entries.items()}
 
     def weighted_sums(self, weight: Tensor) -> dict[str, Tensor]:
         """Return ``sum_i weight[i] * G_i`` per parameter; a sample of weight 0 adds exact zeros, even if it is NaN."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_dp.bookkeeping.base import Keeping
 from lightning_dp.bookkeeping.book import Book
 from lightning_dp.bookkeeping.interception import Handler, intercepting, swapped, without_interception
 from lightning_dp.bookkeeping.layout import Layouts
@@ -20,7 +21,7 @@ from lightning_dp.bookkeeping.recorder import Recorder
 from lightning_dp.bookkeeping.refusals import escaped
 
 
-class BookKeeping:
+class BookKeeping(Keeping):
     """Per-sample gradients of the trained parameters of any model, unmodified.
 
     Guarantee: after `close`, the book holds the exact gradient of every sample, or an error was raised. No parameter
@@ -39,17 +40,13 @@ class BookKeeping:
     """
 
     def __init__(self, trained: Mapping[str, nn.Parameter], others: Mapping[str, nn.Parameter] | None = None) -> None:
-        self._trained = dict(trained)
+        super().__init__(trained, others)
         self._swapped = [*trained.items(), *(others or {}).items()]
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self._classes: dict[type, type] = {}
         self._handler: Handler = _as_usual
         self._layouts = Layouts()
         self._recorder: Recorder | None = None
-
-    def trains(self, parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Whether the trained parameters are exactly these."""
-        return {id(parameter) for parameter in parameters.values()} == set(self._names)
 
     def observe(self, forward: Forward, varied: bool = True) -> None:
         """Observe how the functions that the parameters enter use the samples; see ``observation``.

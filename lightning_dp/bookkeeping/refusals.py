@@ -35,7 +35,8 @@ def escaped(name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"parameter '{name}' received a gradient that is not in the book: it enters an operation that torch does not "
         "let us see, such as a custom torch.autograd.Function, a ScriptModule or a compiled module. Freeze it "
-        "(requires_grad_(False)) or write the operation in torch functions."
+        "(requires_grad_(False)), write the operation in torch functions, or train it without the book, one sample at "
+        "a time: DPStrategy(clipping_engine='loop')."
     )
 
 

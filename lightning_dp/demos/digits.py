@@ -65,8 +65,9 @@ class DigitsClassifier(pl.LightningModule):
     def __init__(self, hidden: int = 128, lr: float = 3.6) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.net = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 10))
-        nn.init.zeros_(self.net[2].weight)  # a head that starts at zero wastes no private step on unlearning
+        head = nn.Linear(hidden, 10)
+        nn.init.zeros_(head.weight)  # a head that starts at zero wastes no private step on unlearning
+        self.net = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), head)
         self.accuracy = MulticlassAccuracy(10, average="micro")
         self.lr = lr
 

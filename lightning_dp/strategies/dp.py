@@ -19,20 +19,15 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dp.accounting import Journal, Ledger
-from lightning_dp.bookkeeping import BookKeeping
+from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
 from lightning_dp.budget import PrivacyBudget
-from lightning_dp.data import PoissonLoader, check_dataloader
+from lightning_dp.data import PhysicalBatch
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
-from lightning_dp.mechanism import Mechanism
-from lightning_dp.noise import GaussianNoise, secret_generator
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.strategies import checks
-from lightning_dp.strategies.observing import undisturbed
-from lightning_dp.strategies.planning import planned_steps
+from lightning_dp.strategies.observing import Observer
+from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.settings import PrivacySettings
-
-CHECKPOINT_KEY = "lightning_dp"
 
 
 class DPStrategy(DDPStrategy):
@@ -58,6 +53,10 @@ class DPStrategy(DDPStrategy):
             Default: the dataloader's batch size.
         accountant: ``"prv"`` (tight) or ``"rdp"``.
         loss_reduction: Whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` of one loss per sample.
+        self_check: Whether to check the bound on a few samples before the first step: that per-sample gradients agree
+            with autograd's, and that no sample changes the gradient of another.
+        clipping_engine: ``"book"`` finds per-sample gradients by book-keeping in one backward pass; ``"loop"`` runs one
+            backward pass per sample: slow, for models with operations that torch does not let us see.
 
     Raises:
         PrivacyConfigurationError: If an argument is out of range, or neither target nor noise is given.
@@ -80,24 +79,24 @@ class DPStrategy(DDPStrategy):
         max_physical_batch_size: int | None = None,
         accountant: str = "prv",
         loss_reduction: str = "mean",
+        self_check: bool = True,
+        clipping_engine: str = "book",
     ) -> None:
         super().__init__()
-        self._settings = PrivacySettings(
-            target_epsilon,
-            target_delta,
-            noise_multiplier,
-            max_grad_norm,
-            clipping,
-            max_physical_batch_size,
-            accountant,
-            loss_reduction,
+        settings = PrivacySettings(
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            clipping=clipping,
+            max_physical_batch_size=max_physical_batch_size,
+            accountant=accountant,
+            loss_reduction=loss_reduction,
+            self_check=self_check,
+            clipping_engine=clipping_engine,
         )
-        self._ledger, self._journal = Ledger(), Journal()
-        self._noise, self._sampling = GaussianNoise(), secret_generator()
-        self._mechanism: Mechanism | None = None
-        self._budget: PrivacyBudget | None = None
-        self._loader: PoissonLoader | None = None
-        self._keeping: BookKeeping | None = None
+        self._run = PrivateRun(settings)
+        self._keeping: Keeping | None = None
         self._step: PrivateStep | None = None
         self._num_real = 0
 
@@ -106,38 +105,36 @@ class DPStrategy(DDPStrategy):
     @property
     def epsilon(self) -> float:
         """Epsilon spent by all releases so far, through resumes: an upper bound, in nats."""
-        return self.budget.epsilon if self._ledger.num_releases or self._budget else 0.0
+        return self._run.epsilon
 
     @property
     def delta(self) -> float | None:
         """The delta that epsilon is for; ``None`` before the training data is known, if none was given."""
-        return self._budget.delta if self._budget else self._settings.target_delta
+        return self._run.delta
 
     @property
     def noise_multiplier(self) -> float | None:
         """The noise multiplier, given or calibrated; ``None`` before it is calibrated."""
-        return self._mechanism.noise_multiplier if self._mechanism else self._settings.noise_multiplier
+        return self._run.mechanism.noise_multiplier if self._run.mechanism else self._run.settings.noise_multiplier
 
     @property
     def sample_rate(self) -> float | None:
         """The probability of an example to be in a logical batch; ``None`` before the training data is known."""
-        return self._mechanism.sample_rate if self._mechanism else None
+        return self._run.mechanism.sample_rate if self._run.mechanism else None
 
     @property
     def num_releases(self) -> int:
         """Noisy releases made so far, through resumes."""
-        return self._ledger.num_releases
+        return self._run.ledger.num_releases
 
     @property
     def budget(self) -> PrivacyBudget:
-        """The budget of the present fit.
+        """What is spent and left in the present fit.
 
         Raises:
             PrivacyError: Before the fit has seen its training data.
         """
-        if self._budget is None:
-            raise PrivacyError("the budget is known once a fit has seen its training data, and none has yet.")
-        return self._budget
+        return self._run.budget
 
     # ---- setup: one process needs neither launcher nor process group -------------------------------------------
 
@@ -175,31 +172,12 @@ class DPStrategy(DDPStrategy):
         trainer = self._module.trainer
         if trainer.state.stage != RunningStage.TRAINING:
             return super().process_dataloader(dataloader)
-        loader = check_dataloader(dataloader)
-        planned = planned_steps(trainer, len(loader))
-        self._mechanism = self._settings.plan(loader, self.world_size, planned, self._ledger)
-        self._budget = PrivacyBudget(
-            self._mechanism,
-            self._settings.resolved_accountant(),
-            self._ledger,
-            self._journal,
-            delta=self._settings.delta(len(loader.dataset)),  # type: ignore[arg-type]
-            target_epsilon=self._settings.target_epsilon,
-            planned_steps=planned,
-        )
-        self._loader = PoissonLoader(
-            loader,
-            sample_rate=self._mechanism.sample_rate,
-            num_batches=len(loader),
-            max_physical_batch_size=self._settings.max_physical_batch_size or loader.batch_size or 1,
-            generator=self._sampling,
-        )
-        return self._loader
+        return self._run.plan(dataloader, trainer, self.world_size)
 
     def on_train_start(self) -> None:
         """Check that the loader whose draws are accounted is the one that Lightning iterates."""
         super().on_train_start()
-        if self._module.trainer.train_dataloader is not self._loader:
+        if self._module.trainer.train_dataloader is not self._run.loader:
             raise PrivacyConfigurationError(
                 f"the train dataloader is a {type(self._module.trainer.train_dataloader).__name__} of several: "
                 "expected one DataLoader. Training on several datasets at once is not accounted for."
@@ -211,17 +189,22 @@ class DPStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run all physical batches of a logical batch; the backward pass of the last one is left to Lightning."""
         batch, *rest = args
-        assert self._loader is not None, "fit sets up the loader before its first step"
+        assert self._run.loader is not None, "fit sets up the loader before its first step"
         self.budget.check_next()
-        delivered, others = self._loader.take()
-        keeping = self._begin(batch, tuple(rest), kwargs)
+        delivered, others = self._run.loader.take()
+
+        def run_step(data: Any) -> Any:
+            return Strategy.training_step(self, data, *rest, **kwargs)
+
+        keeping = self._begin(run_step)
         for other in others:
-            data = self._transferred(other.data)
-            loss = self._forward(keeping, data, other.num_rows, other.num_real, rest, kwargs)
+            loss = self._forward(
+                keeping, PhysicalBatch(self._moved(other.data), other.num_rows, other.num_real), run_step
+            )
             loss = loss.get("loss") if isinstance(loss, dict) else loss
             if loss is not None:
                 self.backward(loss, self.optimizers[0])
-        return self._forward(keeping, batch, delivered.num_rows, delivered.num_real, rest, kwargs)
+        return self._forward(keeping, PhysicalBatch(batch, delivered.num_rows, delivered.num_real), run_step)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run a backward pass and put the clipped gradients of its samples into the sums."""
@@ -250,16 +233,22 @@ class DPStrategy(DDPStrategy):
 
         return super().optimizer_step(optimizer, private_closure, model, **kwargs)
 
-    def _begin(self, batch: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> BookKeeping:
+    def _begin(self, run_step: Callable[[Any], Any]) -> Keeping:
         """Begin a logical batch; on the first one, and when other parameters are trained, observe the model."""
-        trained, others = checks.trained_parameters(self._module, self.optimizers)
         checks.check_module(self._module)
+        trained, others = checks.trained_parameters(self._module, self.optimizers)
+        for parameter in trained.values():
+            parameter.grad = None  # of the step before: not an escape from the book
         if self._keeping is None or self._step is None or not self._keeping.trains(trained):
-            assert self._mechanism is not None, "settled with the dataloader"
-            self._keeping = BookKeeping(trained, others)
-            self._observe(self._keeping, rest, kwargs)
-            mean_loss = self._settings.loss_reduction == "mean"
-            self._step = PrivateStep(trained, self._mechanism, self._noise, mean_loss=mean_loss)
+            assert self._run.loader is not None, "settled with the dataloader"
+            settings = self._run.settings
+            self._keeping = (LoopKeeping if settings.clipping_engine == "loop" else BookKeeping)(trained, others)
+            mean_loss = settings.loss_reduction == "mean"
+            observer = Observer(
+                self._module, self._run.loader, lambda data: run_step(self._moved(data)), mean_loss=mean_loss
+            )
+            observer.observe(self._keeping, trained, check=settings.self_check)
+            self._step = self._run.private_step(trained)
         if self._step.num_pending:
             raise PrivacyError(
                 "the batch before was trained on but never released: an override of optimizer_step skipped "
@@ -269,31 +258,17 @@ class DPStrategy(DDPStrategy):
         self._step.begin()
         return self._keeping
 
-    def _observe(self, keeping: BookKeeping, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._loader is not None
-        loader, second = self._loader, self._loader.num_examples // 2
-        index = {"a": 0, "b": second}
-
-        def forward(samples: str) -> None:
-            with undisturbed(self._module):  # each pass, so that all begin with the same buffers
-                batch = self._transferred(loader.batch_of([index[s] for s in samples]))
-                checks.check_loss(super(DPStrategy, self).training_step(batch, *rest, **kwargs))
-
-        keeping.observe(forward, varied=second > 0)
-
-    def _forward(
-        self, keeping: BookKeeping, batch: Any, num_rows: int, num_real: int, rest: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        self._num_real = num_real
+    def _forward(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[[Any], Any]) -> Any:
+        self._num_real = batch.num_real
         results = self._module.trainer._results
         if results is not None:  # what Lightning does for the batches it fetches itself
-            results.batch, results.batch_size = batch, None
-        with keeping.recording(num_rows):
-            output = super().training_step(batch, *rest, **kwargs)
+            results.batch, results.batch_size = batch.data, None
+        with keeping.recording(batch.num_rows):
+            output = run_step(batch.data)
         checks.check_loss(output)
         return output
 
-    def _transferred(self, batch: Any) -> Any:
+    def _moved(self, batch: Any) -> Any:
         """Do to a batch what Lightning does to those it fetches itself."""
         batch = self.precision_plugin.convert_input(batch)
         return self.batch_to_device(self._module._on_before_batch_transfer(batch, dataloader_idx=0), dataloader_idx=0)
@@ -302,18 +277,15 @@ class DPStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save the ledger in the checkpoint, and begin to keep the journal beside it."""
-        checkpoint[CHECKPOINT_KEY] = {"version": 1, "ledger": self._ledger.state_dict(), "delta": self.delta}
+        self._run.put_into(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if Path(filepath).parent.is_dir():
-            self._journal.add_directory(Path(filepath).parent)
+        self._run.keep_journal_beside(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; to go on with a fit, also every release that it and the journals beside it know of."""
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
         if self._module.trainer.state.fn == TrainerFn.FITTING:
-            if CHECKPOINT_KEY in checkpoint:
-                self._ledger.merge(checkpoint[CHECKPOINT_KEY]["ledger"])
-            self._journal.read(Path(checkpoint_path).parent, self._ledger)
+            self._run.resume(checkpoint, Path(checkpoint_path))
         return checkpoint
 
     def teardown(self) -> None:
@@ -321,7 +293,7 @@ class DPStrategy(DDPStrategy):
         if self._step is not None:
             self._step.drop()
         self._keeping = self._step = None
-        self._journal.close(self._ledger)
+        self._run.close()
         super().teardown()
 
     @property

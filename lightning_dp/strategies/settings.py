@@ -36,6 +36,8 @@ class PrivacySettings:
     max_physical_batch_size: int | None
     accountant: str
     loss_reduction: str
+    self_check: bool
+    clipping_engine: str
 
     def __post_init__(self) -> None:
         """Check the arguments that can be checked without model and data."""
@@ -54,6 +56,8 @@ class PrivacySettings:
             )
         if self.loss_reduction not in ("mean", "sum"):
             raise PrivacyConfigurationError(f"loss_reduction={self.loss_reduction!r}: expected 'mean' or 'sum'.")
+        if self.clipping_engine not in ("book", "loop"):
+            raise PrivacyConfigurationError(f"clipping_engine={self.clipping_engine!r}: expected 'book' or 'loop'.")
         size = self.max_physical_batch_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise PrivacyConfigurationError(
@@ -61,6 +65,10 @@ class PrivacySettings:
             )
         self.resolved_clipping()
         self.resolved_accountant()
+
+    def physical_batch_size(self, batch_size: int) -> int:
+        """Return the most examples to process at a time, for a dataloader of this batch size."""
+        return 1 if self.clipping_engine == "loop" else self.max_physical_batch_size or batch_size
 
     def resolved_clipping(self) -> Clipping:
         """Return the clipping that the arguments name."""

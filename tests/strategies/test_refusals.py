@@ -46,6 +46,7 @@ def refused(match, module=None, data=None, error=CONFIGURATION, strategy=None, *
         ({"noise_multiplier": 1, "max_physical_batch_size": 0}, "max_physical_batch_size=0: expected a positive int"),
         ({"noise_multiplier": 1, "max_physical_batch_size": 2.5}, "max_physical_batch_size=2.5"),
         ({"noise_multiplier": 1, "accountant": "moments"}, "moments"),
+        ({"noise_multiplier": 1, "clipping_engine": "ghost"}, "clipping_engine='ghost': expected 'book' or 'loop'"),
         ({"noise_multiplier": 1, "loss_reduction": "none"}, "loss_reduction='none': expected 'mean' or 'sum'"),
     ],
 )

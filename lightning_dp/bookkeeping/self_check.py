@@ -1,0 +1,218 @@
+"""The self-check: whether the bound on one sample holds for this model, loss and data, before it is relied on.
+
+Owns: the properties and their messages. Does not own: where samples come from, or the observation of axes.
+
+On batches of two to three samples of the user's own dataset, in training mode:
+
+- (a) for one sample, the norm in the book is the norm of autograd's gradient;
+- (b) for several, the sum of the book's entries is autograd's gradient;
+- (c) a sample's contribution does not change when its neighbour in the batch is another, nor, in evaluation mode (where
+  nothing is drawn at random), when it is left out;
+- (d) no buffer is written with what the samples contain.
+
+(a) and (b) find a wrong rule of this library; (c) finds everything that couples samples, which no library can clip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.bookkeeping.book import Book
+from lightning_dp.bookkeeping.engine import BookKeeping
+from lightning_dp.bookkeeping.random_state import RandomState
+from lightning_dp.errors import UnsupportedModelError
+
+LossOf = Callable[[str], Tensor]
+"""Returns the loss of the samples named by a string: ``"aab"`` is a batch ``[a, a, b]``."""
+
+Gradients = Mapping[str, Tensor]
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
+_COARSE = 5e-2
+"""For 16-bit parameters, and where autocast computes in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked.
+
+    Args:
+        keeping: The observed book-keeping.
+        trained: The trained parameters by name.
+        buffers: The model's buffers by name.
+        loss_of: Runs the training step.
+        evaluating: Context in which the model is in evaluation mode.
+        mean_loss: Whether the loss is the mean over the batch, rather than the sum.
+        others: Further samples, as single letters, to put in the place of a neighbour.
+        coarse: Whether the model computes in 16 bits.
+    """
+
+    keeping: BookKeeping
+    trained: Mapping[str, nn.Parameter]
+    buffers: Mapping[str, Tensor]
+    loss_of: LossOf
+    evaluating: Callable[[], AbstractContextManager[None]]
+    mean_loss: bool = True
+    others: str = "b"
+    coarse: bool = False
+
+
+def self_check(subject: Subject) -> None:
+    """Check properties (a) to (d).
+
+    Raises:
+        UnsupportedModelError: Naming the property that does not hold, the parameters at fault and the way out.
+    """
+    _Check(subject).run()
+
+
+class _Check:
+    """One run of the self-check; every pass starts from the same buffers and random numbers."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject, self._state = subject, RandomState.of_all()
+        self._buffers = {name: buffer.detach().clone() for name, buffer in subject.buffers.items()}
+
+    def run(self) -> None:
+        """Check everything."""
+        try:
+            self._book("aab")  # a function whose gradient was refused by the observation says so here
+            self._check_one_sample()
+            self._check_sum()
+            for other in self._subject.others:
+                self._check_neighbour(other)
+            with self._subject.evaluating():
+                self._check_left_out()
+        finally:
+            self._restore()
+
+    def _check_one_sample(self) -> None:
+        booked = {name: float(part[0].sqrt()) for name, part in self._book("a").norm_sq_by_parameter().items()}
+        gradients = self._autograd("a")
+        total = _length(gradients)
+        wrong = [
+            f"'{name}' ({booked.get(name, 0.0):.6g} in the book, {float(g.norm()):.6g} by autograd)"
+            for name, g in gradients.items()
+            if abs(booked.get(name, 0.0) - float(g.norm())) > self._tolerance(g) * (float(g.norm()) + 1e-3 * total)
+        ]
+        if wrong:
+            raise UnsupportedModelError(
+                "self-check (a): for a single sample the norm in the book is not that of autograd's gradient, for "
+                f"{_some(wrong)}. {_OUR_FAULT}"
+            )
+
+    def _check_sum(self) -> None:
+        ones = torch.ones(3, dtype=torch.float64)
+        sums, gradients = _named(self._subject, self._book("aab").weighted_sums(ones)), self._autograd("aab")
+        total = _length(gradients)
+        wrong = [
+            f"'{name}'"
+            for name, g in gradients.items()
+            if float((sums[name].to(g) - g).norm()) > self._tolerance(g) * (float(g.norm()) + 1e-3 * total)
+        ]
+        if wrong:
+            raise UnsupportedModelError(
+                "self-check (b): the samples' gradients in the book do not add up to autograd's gradient, for "
+                f"{_some(wrong)}. {_OUR_FAULT}"
+            )
+
+    def _check_neighbour(self, other: str) -> None:
+        one, written = self._contribution("aab", 1), self._written
+        two, written_now = self._contribution(f"{other}ab", 1), self._written
+        for name, value in written.items():
+            if not torch.allclose(value, written_now[name], rtol=1e-4, atol=1e-6, equal_nan=True):
+                raise UnsupportedModelError(
+                    f"self-check (d): the training step writes into the buffer '{name}' what depends on the samples of "
+                    "the batch, so it would be released without noise. Do not update it while training, or compute it "
+                    "from public data beforehand."
+                )
+        self._compare(one, two, "when its neighbour in the batch was another")
+
+    def _check_left_out(self) -> None:
+        alone, both = self._contribution("ab", 1), self._contribution("aab", 2)
+        if self._subject.mean_loss:
+            alone, both = {n: 2 * g for n, g in alone.items()}, {n: 3 * g for n, g in both.items()}
+        self._compare(alone, both, "when another sample was left out of the batch")
+
+    def _compare(self, one: Gradients, two: Gradients, event: str) -> None:
+        moved = {name: one[name] - two[name] for name in one}
+        lengths = _length(one), _length(two)
+        tolerance = max(map(self._tolerance, one.values()), default=0.0)
+        if _length(moved) <= tolerance * max(lengths):
+            return
+        size = f"its length went from {lengths[0]:.4g} to {lengths[1]:.4g}"
+        along = sum(float((one[name].double() * two[name].double()).sum()) for name in one)
+        if along > (1 - tolerance) * lengths[0] * lengths[1] > 0:
+            reduction = "mean" if self._subject.mean_loss else "sum"
+            raise UnsupportedModelError(
+                f"self-check (c): the gradient of a sample was rescaled {event} ({size}): the loss weighs a sample by "
+                "what else is in the batch. A mean over the tokens of all samples (padded, or with ignore_index) does "
+                "this: take the mean of each sample first, lightning_dp.per_sample_mean(token_losses, mask). Otherwise "
+                f"the loss is not the {reduction} over the samples that DPStrategy(loss_reduction='{reduction}') says."
+            )
+        most = sorted(moved, key=lambda name: -float(moved[name].norm()))
+        raise UnsupportedModelError(
+            f"self-check (c): the gradient of a sample changed {event} ({size}; most for "
+            f"{_some([repr(name) for name in most])}): samples influence each other. A contrastive loss, a statistic "
+            "of the batch, or control flow that depends on the batch does this: compute the loss of each sample from "
+            "that sample alone."
+        )
+
+    # ---- passes --------------------------------------------------------------------------------------------------
+
+    def _contribution(self, samples: str, at: int) -> Gradients:
+        """Return the gradient in the book of the sample at one place."""
+        one_hot = torch.zeros(len(samples), dtype=torch.float64)
+        one_hot[at] = 1
+        return _named(self._subject, self._book(samples).weighted_sums(one_hot))
+
+    def _book(self, samples: str) -> Book:
+        self._restore()
+        with self._subject.keeping.recording(len(samples)):
+            loss = self._subject.loss_of(samples)
+        with self._subject.keeping.recording():
+            loss.backward()
+        self._written = {name: buffer.detach().clone() for name, buffer in self._subject.buffers.items()}
+        return self._subject.keeping.close()
+
+    def _autograd(self, samples: str) -> Gradients:
+        self._restore()
+        named = self._subject.trained
+        gradients = torch.autograd.grad(self._subject.loss_of(samples), list(named.values()), allow_unused=True)
+        pairs = zip(named.items(), gradients, strict=True)
+        return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+
+    def _tolerance(self, g: Tensor) -> float:
+        return _COARSE if self._subject.coarse else _TOLERANCE.get(g.dtype, _COARSE)
+
+    def _restore(self) -> None:
+        self._state.restore()
+        with torch.no_grad():
+            for name, buffer in self._subject.buffers.items():
+                buffer.copy_(self._buffers[name])
+
+
+_OUR_FAULT = (
+    "Either a rule of this library for an operation that they enter is wrong: please report it; or the training step "
+    "draws random numbers that no seed decides. DPStrategy(clipping_engine='loop') trains without the book."
+)
+
+
+def _named(subject: Subject, sums: Gradients) -> Gradients:
+    """Return the sums with exact zeros for the parameters that no sample used."""
+    return {name: sums[name] if name in sums else torch.zeros_like(p) for name, p in subject.trained.items()}
+
+
+def _length(gradients: Gradients) -> float:
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,258 @@
+"""The self-check: what it must catch, each with its own message, and what it must let pass."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_dp as ldp
+from lightning_dp.bookkeeping import rules
+from lightning_dp.bookkeeping.entries import Dense
+from tests.models import Regression, loader, parameters, trainer, updates
+
+UNSUPPORTED = ldp.UnsupportedModelError
+
+
+def fit(module, data=None, **settings):
+    dp = ldp.DPStrategy(**{"noise_multiplier": 1.0, **settings})
+    trainer(dp, max_steps=2).fit(module, data or loader())
+    return dp
+
+
+class Tagger(pl.LightningModule):
+    """Token classification over ragged sequences, padded with the label -100."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 4))
+        self.reduce = reduce
+
+    def training_step(self, batch, batch_idx):
+        ids, labels = batch
+        token_loss = F.cross_entropy(self.net(ids).mT, labels, reduction="none", ignore_index=-100)
+        return self.reduce(token_loss, labels != -100)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def ragged(pad_to=None):
+    g = torch.Generator().manual_seed(0)
+    samples = [torch.randint(1, 10, (int(n),), generator=g) for n in torch.randint(2, 9, (24,), generator=g)]
+
+    def collate(batch):
+        longest = pad_to or max(len(ids) for ids in batch)
+        padded = [F.pad(ids, (0, longest - len(ids))) for ids in batch]
+        labels = [F.pad(ids % 4, (0, longest - len(ids)), value=-100) for ids in batch]
+        return torch.stack(padded), torch.stack(labels)
+
+    return DataLoader(samples, batch_size=6, collate_fn=collate)
+
+
+@pytest.mark.parametrize("pad_to", [None, 10])
+def test_a_token_mean_over_ragged_lengths(pad_to):
+    token_mean = Tagger(lambda loss, mask: (loss * mask).sum() / mask.sum())
+    with pytest.raises(UNSUPPORTED, match=r"\(c\).*rescaled.*lightning_dp.per_sample_mean"):
+        fit(token_mean, ragged(pad_to))
+    fit(Tagger(ldp.per_sample_mean), ragged(pad_to))
+
+
+def test_a_sum_declared_as_a_mean_and_the_reverse():
+    class Sum(Regression):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return (self.net(x) - y).square().mean(1).sum()
+
+    with pytest.raises(UNSUPPORTED, match=r"\(c\).*left out.*not the mean over the samples"):
+        fit(Sum())
+    fit(Sum(), loss_reduction="sum")
+    with pytest.raises(UNSUPPORTED, match=r"\(c\).*left out.*not the sum over the samples"):
+        fit(Regression(), loss_reduction="sum")
+
+
+def test_a_contrastive_loss():
+    class Contrastive(Regression):
+        def training_step(self, batch, batch_idx):
+            x = F.normalize(self.net(batch[0]))
+            y = F.normalize(self.net(batch[0] + 0.1))
+            return F.cross_entropy(x @ y.T, torch.arange(len(x)))
+
+    with pytest.raises(UNSUPPORTED, match=r"\(c\).*changed.*samples influence each other.*contrastive"):
+        fit(Contrastive(nn.Linear(3, 8)))
+
+
+def test_a_statistic_of_the_batch_in_the_loss():
+    class Decorrelated(Regression):
+        def training_step(self, batch, batch_idx):
+            out = self.net(batch[0])
+            return (out - out.mean(0)).square().mean()
+
+    with pytest.raises(UNSUPPORTED, match=r"\(c\).*samples influence each other"):
+        fit(Decorrelated())
+
+
+def test_batch_normalisation_of_ones_own():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last((x - x.mean(0)) / (x.std(0) + 1))
+
+    with pytest.raises(UNSUPPORTED, match="for another sample of the batch.*group or layer normalisation"):
+        fit(Regression(Norm()))
+
+
+def test_control_flow_that_depends_on_the_batch():
+    class Branches(Regression):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            loss = F.mse_loss(self.net(x), y)
+            return loss * 2 if x.sum() > self.threshold else loss
+
+    data = loader()
+    x = data.dataset.tensors[0]
+    a, b, d = x[0].sum(), x[5].sum(), x[15].sum()  # the samples looked at: [a, a, b] against [d, a, b]
+    module = Branches()
+    module.threshold = float(a + b + (a + d) / 2)
+    with pytest.raises(UNSUPPORTED, match=r"control flow (that )?depends on the batch"):
+        fit(module, data)
+
+
+def test_a_wrong_rule_for_one_sample(monkeypatch):
+    def wrong(operation, input, weight, bias=None):
+        file, split = operation.filing(weight), operation.split_output()
+        shape = tuple(weight.shape)
+        return (lambda g, x: file(Dense(torch.ones(split(g).shape[0], *shape)))), [input]
+
+    monkeypatch.setitem(rules._RULES, F.linear, wrong)
+    with pytest.raises(UNSUPPORTED, match=r"\(a\).*'net.weight' \(.* in the book, .* by autograd\).*loop"):
+        fit(Regression(nn.Linear(3, 2, bias=False)))
+
+
+def test_a_rule_that_is_wrong_for_several_samples_only(monkeypatch):
+    right = rules._RULES[F.linear]
+
+    def wrong(operation, input, weight, bias=None):
+        record, saved = right(operation, input, weight, bias)
+        return (lambda g, x: record(g * (1 + 0.3 * (len(g) > 1)), x)), saved
+
+    monkeypatch.setitem(rules._RULES, F.linear, wrong)
+    with pytest.raises(UNSUPPORTED, match=r"\(b\).*'net.weight'.*clipping_engine='loop'"):
+        fit(Regression(nn.Linear(3, 2, bias=False)))
+
+
+def test_a_buffer_that_follows_the_data():
+    class Remembers(Regression):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("average", torch.zeros(3))
+
+        def training_step(self, batch, batch_idx):
+            self.average.lerp_(batch[0].mean(0), 0.1)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(UNSUPPORTED, match=r"\(d\).*buffer 'average'"):
+        fit(Remembers())
+
+
+def test_a_buffer_that_only_counts_is_no_matter():
+    class Counts(Regression):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            return super().training_step(batch, batch_idx)
+
+    module = Counts()
+    fit(module)
+    assert float(module.steps) >= 2
+
+
+def test_a_step_without_a_loss():
+    class Nothing(Regression):
+        def training_step(self, batch, batch_idx):
+            return None
+
+    with pytest.raises(UNSUPPORTED, match="returned no loss"):
+        fit(Nothing())
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.AlphaDropout(0.3)])
+def test_dropout_passes(layer):
+    fit(Regression(nn.Sequential(nn.Linear(3, 16), layer, nn.Linear(16, 2))))
+
+
+def test_it_can_be_switched_off():
+    class Contrastive(Regression):
+        def training_step(self, batch, batch_idx):
+            x = F.normalize(self.net(batch[0]))
+            return (x @ x.T).mean()
+
+    with pytest.raises(UNSUPPORTED, match=r"\(c\)"):
+        fit(Contrastive())
+    fit(Contrastive(), self_check=False)
+
+
+def test_it_leaves_no_trace():
+    torch.manual_seed(0)
+    first, second = Regression(nn.Linear(3, 2).double()), Regression(nn.Linear(3, 2).double())
+    second.load_state_dict(first.state_dict())
+    data = loader(dtype=torch.float64, batch_size=20)
+    before = parameters(first)
+    fit(first, data, noise_multiplier=0)
+    fit(second, data, noise_multiplier=0, self_check=False)
+    one, two = updates(first, before), updates(second, before)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return g * weight, (g * x).sum(0)
+
+
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.ones(3)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(Scaled.apply(x, self.scale))
+
+
+def test_the_loop_trains_what_the_book_cannot_see():
+    from tests.models import clipped_mean
+
+    module, data = Regression(Opaque().double()), loader(dtype=torch.float64, batch_size=20)
+    with pytest.raises(UNSUPPORTED, match="'net.scale'.*clipping_engine='loop'"):
+        fit(module, data)
+    x, y = data.dataset.tensors
+    expected = clipped_mean(module, lambda i: (x[i : i + 1], y[i : i + 1]), 20)
+    before = parameters(module)
+    dp = ldp.DPStrategy(noise_multiplier=0, clipping_engine="loop")
+    trainer(dp, max_steps=1).fit(module, data)
+    assert all(torch.allclose(-u, expected[name], rtol=1e-12) for name, u in updates(module, before).items())
+
+
+def test_the_loop_and_the_book_agree():
+    data = loader(dtype=torch.float64, batch_size=20)
+    torch.manual_seed(0)
+    first = Regression(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)).double())
+    second = Regression(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)).double())
+    second.load_state_dict(first.state_dict())
+    trainer(ldp.DPStrategy(noise_multiplier=0), max_steps=3).fit(first, data)
+    trainer(ldp.DPStrategy(noise_multiplier=0, clipping_engine="loop"), max_steps=3).fit(second, data)
+    assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(first.parameters(), second.parameters(), strict=True))
