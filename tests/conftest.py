@@ -23,5 +23,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def _same_initial_weights():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _in_temporary_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -81,6 +81,12 @@ class Layouts:
         (uses.with_gradient if with_gradient else uses.without).append(layout)
         self._unanimous.clear()
 
+    def extend(self, other: Layouts) -> bool:
+        """Add the functions that another observation saw and this one did not; return whether there were any."""
+        new = {key: uses for key, uses in other._uses.items() if key not in self._uses}
+        self._uses |= new
+        return bool(new)
+
     def find(self, key: Key, occurrence: int, recomputed: bool = False) -> Layout | None:
         """Return the layout of an occurrence, or ``None`` if the function was never observed.
 

@@ -38,7 +38,11 @@ Swap = Callable[[Handler], AbstractContextManager[None]]
 Forward = Callable[[str], None]
 """Runs the training step's forward pass on the samples named by a string: ``"aab"`` is ``[a, a, b]``."""
 
-_ATTEMPTS = 20
+_ROUNDS = 40
+"""How often a model that draws at random is observed at most: layers dropped at random are seen in one of them."""
+
+_QUIET_ROUNDS = 3
+"""How many rounds must show no new function before no more are expected."""
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 """Relative change of a row's contents that may be rounding: equal shapes run equal kernels, so it is hardly any."""
@@ -57,13 +61,20 @@ _ROUTED = (
 )
 
 
+_DEPENDS_ON_BATCH = (
+    "the training step ran other functions for two samples than for three, or for other samples: its control flow "
+    "depends on the batch, so the axes that carry the samples cannot be observed."
+)
+
+
 @dataclass(frozen=True)
 class _Pass:
-    """What one pass showed: its events and uses, and the sizes that depend on contents."""
+    """What one pass showed: its events and uses, the sizes that depend on contents, and whether it drew at random."""
 
     events: list[Event]
     uses: list[Use]
     ragged: set[int]
+    random: bool
 
 
 @dataclass(frozen=True)
@@ -90,27 +101,32 @@ def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool
     Raises:
         UnsupportedModelError: If the functions that run differ from pass to pass.
     """
-    original = state = RandomState.of_all()
+    original = RandomState.of_all()
+    layouts, quiet_rounds, failures = Layouts(), 0, 0
     try:
-        for attempt in range(_ATTEMPTS):
+        for seed in range(_ROUNDS):
             try:
-                return _observe(names, swap, forward, varied, state)
-            except DifferentControlFlow:  # layers dropped at random: draw again
-                original.restore()
-                torch.manual_seed(attempt)
-                state = RandomState.of_all()
+                found, random = _observe(names, swap, forward, varied, original, seed)
+            except DifferentControlFlow:  # a first pass may fill a cache; what goes on depends on the batch
+                failures += 1
+                if failures == _QUIET_ROUNDS:
+                    raise UnsupportedModelError(_DEPENDS_ON_BATCH) from None
+                continue
+            quiet_rounds = 0 if layouts.extend(found) else quiet_rounds + 1
+            if not random or quiet_rounds == _QUIET_ROUNDS:
+                break
     finally:
         original.restore()
-    raise UnsupportedModelError(
-        f"the training step ran other functions for two samples than for three, in each of {_ATTEMPTS} attempts: its "
-        "control flow depends on the batch, so the axes that carry the samples cannot be observed."
-    )
+    return layouts
 
 
-def _observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool, state: RandomState) -> Layouts:
-    two = _trace(names, None, swap, forward, "ab", state)
-    three = _trace(names, two.events, swap, forward, "aab", state)
-    other = _trace(names, two.events, swap, forward, "bab" if varied else "aab", state)
+def _observe(
+    names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool, state: RandomState, seed: int
+) -> tuple[Layouts, bool]:
+    """Return the layouts of one round, and whether anything was random in it."""
+    two = _trace(names, None, swap, forward, "ab", state, seed)
+    three = _trace(names, two.events, swap, forward, "aab", state, seed)
+    other = _trace(names, two.events, swap, forward, "bab" if varied else "aab", state, seed)
     if [use.key for use in three.uses] != [use.key for use in other.uses]:
         raise DifferentControlFlow
     layouts = Layouts()
@@ -119,7 +135,7 @@ def _observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: boo
         if _is_routed(layout, two.ragged, three.ragged):
             layout = replace(layout, kind=Kind.REFUSED, reason=_ROUTED)
         layouts.add(use.key, layout, use.with_gradient)
-    return layouts
+    return layouts, three.random
 
 
 def _trace(
@@ -129,35 +145,44 @@ def _trace(
     forward: Forward,
     samples: str,
     state: RandomState,
+    seed: int,
 ) -> _Pass:
     state.restore()
-    tracer, ragged = Tracer(names, before, digest), _RaggedSizes()
+    tracer, witness = Tracer(names, before, digest), _Witness(seed)
     try:
-        with swap(tracer.dispatch), ragged:
+        with swap(tracer.dispatch), witness:
             forward(samples)
     finally:
         tracer.release()
     tracer.check_complete()
-    return _Pass(tracer.events, tracer.uses, ragged.sizes)
+    return _Pass(tracer.events, tracer.uses, witness.ragged, witness.num_draws > 0)
 
 
 _RAGGED = {"nonzero", "masked_select", "repeat_interleave", "_unique2", "unique_dim", "unique_consecutive"}
 
 
-class _RaggedSizes(TorchDispatchMode):
-    """Collects the sizes of tensors whose shape depends on contents: ``x[mask]``, ``nonzero``, ``unique``."""
+class _Witness(TorchDispatchMode):
+    """Sees every operator of a pass, whether a parameter enters it or not.
 
-    def __init__(self) -> None:
+    It collects the sizes of tensors whose shape depends on contents (``x[mask]``, ``nonzero``, ``unique``), and seeds
+    every random operator by its number, so that layers dropped at random are the same ones for two and three samples.
+    """
+
+    def __init__(self, seed: int) -> None:
         super().__init__()
-        self.sizes: set[int] = set()
+        self.ragged: set[int] = set()
+        self.num_draws, self._seed = 0, seed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.num_draws += 1
+            torch.manual_seed(_ROUNDS * self.num_draws + self._seed)
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         by_mask = name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
         if by_mask or name in _RAGGED:
             outputs = result if isinstance(result, tuple) else (result,)
-            self.sizes |= {size for t in outputs for size in t.shape[:2]}
+            self.ragged |= {size for t in outputs for size in t.shape[:2]}
         return result
 
 

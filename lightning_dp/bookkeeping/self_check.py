@@ -148,7 +148,7 @@ class _Check:
             return
         size = f"its length went from {lengths[0]:.4g} to {lengths[1]:.4g}"
         along = sum(float((one[name].double() * two[name].double()).sum()) for name in one)
-        if along > (1 - tolerance) * lengths[0] * lengths[1] > 0:
+        if along > (1 - tolerance**2) * lengths[0] * lengths[1] > 0:
             reduction = "mean" if self._subject.mean_loss else "sum"
             raise UnsupportedModelError(
                 f"self-check (c): the gradient of a sample was rescaled {event} ({size}): the loss weighs a sample by "

@@ -103,6 +103,35 @@ def groups(channels: int, **_: Any) -> nn.Module:
     return nn.GroupNorm(4 if channels % 4 == 0 else 1, channels)
 
 
+def sounds(*shape: int) -> Callable[[], Batch]:
+    """Return recordings or their spectra, labels and a transcription."""
+    return lambda: {
+        "x": torch.randn(B, *shape),
+        "y": torch.randint(0, 2, (B,)),
+        "ids": torch.randint(5, 50, (B, 6)),
+    }
+
+
+def heard(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of a classifier of recordings."""
+    return F.cross_entropy(model(batch["x"]).logits, batch["y"])
+
+
+def transcribed(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of a transcription, which a speech model computes itself."""
+    return model(input_features=batch["x"], labels=batch["ids"]).loss
+
+
+WAV2VEC2 = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+WAV2VEC2 |= {"intermediate_size": 24, "conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (4, 4)}
+WAV2VEC2 |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+WAV2VEC2 |= {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "mask_time_prob": 0.0}
+NO_WAV2VEC2_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0}
+NO_WAV2VEC2_DROPOUT |= {"feat_proj_dropout": 0.0, "final_dropout": 0.0}
+WHISPER = {"vocab_size": 50, "d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "num_mel_bins": 8}
+WHISPER |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+WHISPER |= {"max_source_positions": 20, "max_target_positions": 10, "dropout": 0.0}
+WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 TINY_VIT = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2}
 FAMILIES = [
     Case("GPT-2", transformer("GPT2LMHeadModel", "GPT2Config", {**GPT2, **GPT2_NO_DROPOUT}), text, next_token),
@@ -149,6 +178,7 @@ FAMILIES = [
     ),
     Case("BART", transformer("BartForConditionalGeneration", "BartConfig", BART), text, own_loss),
     Case("ViT", image_model("vit_tiny_patch16_224", **TINY_VIT), images(32), picture),
+    Case("DeiT", image_model("deit_tiny_distilled_patch16_224", **TINY_VIT), images(32), picture),
     Case("BEiT", image_model("beit_base_patch16_224", **TINY_VIT), images(32), picture),
     Case(
         "Swin",
@@ -171,6 +201,23 @@ FAMILIES = [
         images(32),
         picture,
         slow=True,
+    ),
+    Case(
+        "Wav2Vec2",
+        transformer("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", {**WAV2VEC2, **NO_WAV2VEC2_DROPOUT}),
+        sounds(400),
+        heard,
+    ),
+    Case(
+        "Whisper", transformer("WhisperForConditionalGeneration", "WhisperConfig", WHISPER), sounds(8, 40), transcribed
+    ),
+    Case(
+        "weight-norm",
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192, 8)), nn.Tanh(), nn.Linear(8, 5)
+        ),
+        images(8),
+        picture,
     ),
     Case(
         "torchvision-ViT",

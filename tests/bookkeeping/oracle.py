@@ -46,6 +46,7 @@ def check(case: Case) -> None:
     others = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in named}
     before = {n: t.clone() for n, t in model.state_dict().items()}
     classes = [type(p) for p in model.parameters()]
+    loss_of(case, model, batch)  # some libraries note on a module that it ran once
     attributes = [set(vars(m)) for m in model.modules()]
     keeping = observed(case, model, batch, named, others)
     for size in case.sizes:

@@ -189,6 +189,24 @@ def test_dropout_passes(layer):
     fit(Regression(nn.Sequential(nn.Linear(3, 16), layer, nn.Linear(16, 2))))
 
 
+def test_layers_dropped_at_random_are_all_observed():
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout, self.last = nn.Dropout(0.2), nn.Linear(3, 2)
+            self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(6))
+
+        def forward(self, x):
+            for layer in self.layers:
+                if torch.rand([]) > 0.4:
+                    x = x + self.dropout(layer(x)).tanh()
+            return self.last(x)
+
+    dp = ldp.DPStrategy(noise_multiplier=1.0, max_physical_batch_size=2)
+    trainer(dp, max_steps=30).fit(Regression(Dropped(), lr=0.01), loader())
+    assert dp.num_releases == 30
+
+
 def test_it_can_be_switched_off():
     class Contrastive(Regression):
         def training_step(self, batch, batch_idx):
