@@ -1,7 +1,11 @@
 """What every test shares: quiet third parties, and no trace in the working directory."""
 
+import os
+
 import pytest
 import torch
+
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # what LightningCLI calls is not ours
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 

@@ -17,7 +17,6 @@ QUIET = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--tr
 @pytest.fixture(autouse=True)
 def _no_command_line_of_pytest(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning-dp"])
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # what LightningCLI calls is not ours
 
 
 def command_line(*args):

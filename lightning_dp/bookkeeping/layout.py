@@ -45,6 +45,7 @@ class Layout:
         sliceable: Whether the function may run on the rows of one sample: no argument counts samples.
         random: Whether the function draws random numbers.
         reason: Why the function is refused; empty otherwise.
+        where: The line of the user's code that called it.
     """
 
     kind: Kind
@@ -53,6 +54,7 @@ class Layout:
     sliceable: bool = True
     random: bool = False
     reason: str = ""
+    where: str = field(default="", compare=False)
 
 
 @dataclass

@@ -26,17 +26,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dp.bookkeeping.axes import SampleAxis
-from lightning_dp.bookkeeping.interception import Handler
+from lightning_dp.bookkeeping.interception import Handler, without_interception
 from lightning_dp.bookkeeping.layout import Kind, Layout, Layouts
 from lightning_dp.bookkeeping.random_state import RandomState
+from lightning_dp.bookkeeping.source import check_opaque
 from lightning_dp.bookkeeping.tracing import DifferentControlFlow, Event, Tracer, Use
 from lightning_dp.errors import UnsupportedModelError
 
 Swap = Callable[[Handler], AbstractContextManager[None]]
 """Context in which the functions that a trained parameter enters go to a handler."""
 
-Forward = Callable[[str], None]
-"""Runs the training step's forward pass on the samples named by a string: ``"aab"`` is ``[a, a, b]``."""
+Forward = Callable[[str], Any]
+"""Runs the training step's forward pass on the samples named by a string (``"aab"`` is ``[a, a, b]``) for its loss."""
 
 _ROUNDS = 40
 """How often a model that draws at random is observed at most: layers dropped at random are seen in one of them."""
@@ -151,7 +152,9 @@ def _trace(
     tracer, witness = Tracer(names, before, digest), _Witness(seed)
     try:
         with swap(tracer.dispatch), witness:
-            forward(samples)
+            loss = forward(samples)
+        with without_interception():
+            check_opaque(loss, names)
     finally:
         tracer.release()
     tracer.check_complete()

@@ -153,7 +153,7 @@ class Recorder:
         if layout.leaves and len(layout.leaves) != len(call.leaves):
             raise unobserved(call.key)
         if layout.kind is Kind.REFUSED:
-            return refusal(call.key, layout.reason), []
+            return refusal(call.key, layout), []
         operation = Operation(
             func=call.func,
             args=call.args,

@@ -9,15 +9,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_dp.bookkeeping.layout import Key, describe
+from lightning_dp.bookkeeping.layout import Key, Layout, describe
 from lightning_dp.errors import UnsupportedModelError
 
 
-def refusal(key: Key, reason: str) -> Callable[..., None]:
+def refusal(key: Key, layout: Layout) -> Callable[..., None]:
     """Return a record that raises: only a refused function whose gradient is really used is an error."""
 
     def record(*_: Tensor) -> None:
-        raise UnsupportedModelError(f"'{key[0]}' of {describe(key)} has no exact per-sample gradient: {reason}")
+        raise UnsupportedModelError(
+            f"'{key[0]}' of {describe(key)} ({layout.where}) has no exact per-sample gradient: {layout.reason}"
+        )
 
     return record
 

@@ -29,6 +29,7 @@ from lightning_dp.bookkeeping.interception import (
 from lightning_dp.bookkeeping.layout import REPEATING, Key, Kind, Layout, key_of
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.bookkeeping.rules.embedding import check_table
+from lightning_dp.bookkeeping.source import calling_line
 from lightning_dp.errors import UnsupportedModelError
 
 Shape = tuple[int, ...]
@@ -173,7 +174,8 @@ class Tracer:
             raise DifferentControlFlow
         marks = [self._mark(leaf) for leaf in leaves]
         on_activations = any(isinstance(m, Activation) for m in marks)
-        layout = replace(conclude(self._before[at], event, on_activations), random=random)
+        layout = conclude(self._before[at], event, on_activations)
+        layout = replace(layout, random=random, where=calling_line())
         if any(isinstance(m, Reduced) for m in marks) and any(axis is not None for axis in layout.outputs):
             raise UnsupportedModelError(_REDUCED_AND_USED.format(name))
         key = key_of(name, [m for m in marks if m is not None and not isinstance(m, Activation)])

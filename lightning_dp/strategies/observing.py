@@ -89,9 +89,11 @@ class Observer:
             )
         self._index = dict(zip(_LETTERS, found, strict=False))
 
-    def _undisturbed_loss(self, samples: str) -> None:
+    def _undisturbed_loss(self, samples: str) -> Any:
         with undisturbed(self._module):  # each pass, so that all begin with the same buffers
-            check_loss(self._output(samples))
+            output = self._output(samples)
+            check_loss(output)
+        return output.get("loss") if isinstance(output, dict) else output
 
     def _loss(self, samples: str) -> Tensor:
         output = self._output(samples)

@@ -31,7 +31,7 @@ def test_a_checkpoint_is_an_ordinary_one(tmp_path):
     module = Regression.load_from_checkpoint(path)
     assert torch.equal(module.net.weight, fit.lightning_module.net.weight)
     plain = Regression()
-    trainer("auto").validate(plain, loader(shuffle=False), ckpt_path=path, verbose=False, weights_only=True)
+    trainer("auto").validate(plain, loader(shuffle=False), ckpt_path=path, verbose=False)
 
 
 def test_weights_only_checkpoints_hold_the_ledger_too(tmp_path):
@@ -97,7 +97,7 @@ def test_loading_for_a_test_counts_nothing(tmp_path):
     saved(tmp_path / "a.ckpt")
     dp = ldp.DPStrategy(noise_multiplier=1.0)
     trainer(dp).test(
-        Regression(), loader(shuffle=False), ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True
+        Regression(), loader(shuffle=False), ckpt_path=tmp_path / "a.ckpt", verbose=False
     )
     assert dp.num_releases == 0
 
