@@ -96,9 +96,7 @@ def test_an_older_checkpoint_does_not_forget_later_releases(tmp_path):
 def test_loading_for_a_test_counts_nothing(tmp_path):
     saved(tmp_path / "a.ckpt")
     dp = ldp.DPStrategy(noise_multiplier=1.0)
-    trainer(dp).test(
-        Regression(), loader(shuffle=False), ckpt_path=tmp_path / "a.ckpt", verbose=False
-    )
+    trainer(dp).test(Regression(), loader(shuffle=False), ckpt_path=tmp_path / "a.ckpt", verbose=False)
     assert dp.num_releases == 0
 
 
