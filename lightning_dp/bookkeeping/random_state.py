@@ -25,7 +25,7 @@ class RandomState:
     @staticmethod
     def now() -> RandomState:
         """Return the present state."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return RandomState(torch.get_rng_state(), tuple(cuda))
 
     @staticmethod

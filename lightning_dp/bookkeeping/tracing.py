@@ -180,15 +180,19 @@ class Tracer:
             raise UnsupportedModelError(_REDUCED_AND_USED.format(name))
         key = key_of(name, [m for m in marks if m is not None and not isinstance(m, Activation)])
         if key[1]:
-            self.uses.append(self._use(key, layout, leaves, outputs))
+            self.uses.append(self._use(key, layout, leaves, marks, outputs))
         if layout.kind is Kind.DERIVED:
             return key if key[1] else None
         return Reduced() if layout.kind is Kind.SHARED and key[1] else Activation()
 
-    def _use(self, key: Key, layout: Layout, leaves: list[Any], outputs: tuple[Tensor, ...]) -> Use:
+    def _use(self, key: Key, layout: Layout, leaves: list[Any], marks: list[Mark], outputs: tuple[Tensor, ...]) -> Use:
         leaf_axes = layout.leaves or (None,) * len(leaves)
         output_axes = layout.outputs or (None,) * len(outputs)
-        digests = [self._digest(leaf, axis) for leaf, axis in zip(leaves, leaf_axes, strict=True)]
+        digests = [
+            # A parameter does not depend on the batch; what a function of one was made of has been compared before.
+            self._digest(leaf, axis) if mark is None or isinstance(mark, Activation) else None
+            for leaf, axis, mark in zip(leaves, leaf_axes, marks, strict=True)
+        ]
         out = tuple(self._digest(t, axis) for t, axis in zip(outputs, output_axes, strict=True))
         return Use(key, layout, torch.is_grad_enabled(), digests, out)
 
