@@ -9,32 +9,42 @@ on the CPU is made of 24-bit uniforms and never exceeds 5.77 standard deviations
 
 from __future__ import annotations
 
+import os
 import secrets
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator seeded by the operating system."""
-    return torch.Generator(device).manual_seed(secrets.randbits(63))
+class SecretRandom:
+    """Random numbers for one process, from generators seeded with at least 63 bits by the operating system.
 
-
-class GaussianNoise:
-    """Draws noise on any device, each with a secret generator of its own."""
+    On the CPU they are NumPy's, whose seed has 128 bits: torch's generator there keeps 32 bits of a seed only, few
+    enough to try them all. A copy, a pickle or a forked process begins anew, so that nothing is drawn twice.
+    """
 
     def __init__(self) -> None:
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._process, self._cpu = os.getpid(), np.random.Generator(np.random.PCG64DXSM())
+        self._devices: dict[torch.device, torch.Generator] = {}
 
-    def draw(self, like: Tensor, std: float) -> Tensor:
-        """Return independent normal values of mean 0 in float64.
+    def __reduce__(self) -> tuple[type[SecretRandom], tuple[()]]:
+        return type(self), ()
 
-        Args:
-            like: Gives shape and device.
-            std: Standard deviation of every coordinate (not squared).
-        """
-        device = like.device
-        if device not in self._generators:
-            self._generators[device] = secret_generator(device)
-        noise = torch.randn(like.shape, generator=self._generators[device], dtype=torch.float64, device=device)
-        return noise.mul_(std)
+    def uniform(self, size: int) -> Tensor:
+        """Return ``size`` independent values in [0, 1), in float64 on the CPU."""
+        return torch.from_numpy(self._here().random(size))
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Return independent standard normal values in float64, of the shape and on the device of ``like``."""
+        device, cpu = like.device, self._here()
+        if device.type == "cpu":
+            return torch.from_numpy(np.asarray(cpu.standard_normal(tuple(like.shape))))
+        if device not in self._devices:
+            self._devices[device] = torch.Generator(device).manual_seed(secrets.randbits(63))
+        return torch.randn(like.shape, generator=self._devices[device], dtype=torch.float64, device=device)
+
+    def _here(self) -> np.random.Generator:
+        if self._process != os.getpid():
+            self.__init__()  # type: ignore[misc]
+        return self._cpu

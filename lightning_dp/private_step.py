@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_dp.bookkeeping import Book
 from lightning_dp.mechanism import Mechanism
-from lightning_dp.noise import GaussianNoise
+from lightning_dp.noise import SecretRandom
 
 
 class PrivateStep:
@@ -41,7 +41,7 @@ class PrivateStep:
         self,
         parameters: Mapping[str, nn.Parameter],
         mechanism: Mechanism,
-        noise: GaussianNoise,
+        noise: SecretRandom,
         *,
         mean_loss: bool = True,
     ) -> None:
@@ -89,7 +89,7 @@ class PrivateStep:
 
     def _released(self, parameter: Tensor, clipped: Tensor | None) -> Tensor:
         if self._mechanism.noise_std > 0:
-            total = self._noise.draw(parameter, self._mechanism.noise_std)
+            total = self._noise.normal(parameter).mul_(self._mechanism.noise_std)
         else:
             total = torch.zeros_like(parameter, dtype=torch.float64)
         if clipped is not None:

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.noise import SecretRandom
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class _Chunk:
 class PoissonLoader:
     """Draws logical batches from the dataset of an ordinary dataloader.
 
-    Guarantee: the draws are independent and each example has probability ``sample_rate``, if ``generator`` is secret.
+    Guarantee: the draws are independent and each example has probability ``sample_rate``, if ``random`` is secret.
 
     Args:
         loader: The user's dataloader: gives the dataset, ``collate_fn`` and the workers.
         sample_rate: q in (0, 1].
         num_batches: Logical batches in one epoch.
         max_physical_batch_size: The most examples of a physical batch.
-        generator: Where the draws come from.
+        random: Where the draws come from.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class PoissonLoader:
         sample_rate: float,
         num_batches: int,
         max_physical_batch_size: int,
-        generator: torch.Generator,
+        random: SecretRandom,
     ) -> None:
         self.dataset = loader.dataset
         self.num_examples = len(loader.dataset)  # type: ignore[arg-type]
         self.sample_rate, self.max_physical_batch_size = sample_rate, max_physical_batch_size
-        self._num_batches, self._generator = num_batches, generator
+        self._num_batches, self._random = num_batches, random
         self._chunks: deque[_Chunk] = deque()
         self._rest: Iterator[PhysicalBatch] | None = None
         self._delivered: _Chunk | None = None
@@ -118,7 +118,7 @@ class PoissonLoader:
 
     def draw(self) -> list[int]:
         """Return the indices of one logical batch."""
-        chosen = torch.rand(self.num_examples, generator=self._generator, dtype=torch.float64) < self.sample_rate
+        chosen = self._random.uniform(self.num_examples) < self.sample_rate
         return chosen.nonzero().flatten().tolist()
 
     def state_dict(self) -> dict[str, Any]:

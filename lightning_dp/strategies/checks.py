@@ -112,6 +112,17 @@ def trained_parameters(
     return trained, others
 
 
+def check_hooks(trained: Mapping[str, nn.Parameter]) -> None:
+    """Raise if a trained parameter has a hook that would see, or act on, its gradient before noise is added."""
+    for name, parameter in trained.items():
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if getattr(parameter, kind, None):
+                raise UnsupportedModelError(
+                    f"parameter '{name}' has a gradient hook: it would act on gradients without noise. Remove it, or "
+                    "do its work in on_before_optimizer_step, which sees the released gradients."
+                )
+
+
 def check_loss(output: Any) -> None:
     """Raise if what ``training_step`` returned is not a scalar loss."""
     loss = output.get("loss") if isinstance(output, Mapping) else output

@@ -9,7 +9,7 @@ what they always count. Reading order of one step: `training_step`, `backward`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ class DPStrategy(DDPStrategy):
             loss = self._forward(
                 keeping, PhysicalBatch(self._moved(other.data), other.num_rows, other.num_real), run_step
             )
-            loss = loss.get("loss") if isinstance(loss, dict) else loss
+            loss = loss.get("loss") if isinstance(loss, Mapping) else loss
             if loss is not None:
                 self.backward(loss, self.optimizers[0])
         return self._forward(keeping, PhysicalBatch(batch, delivered.num_rows, delivered.num_real), run_step)
@@ -210,9 +210,15 @@ class DPStrategy(DDPStrategy):
         """Run a backward pass and put the clipped gradients of its samples into the sums."""
         assert self._keeping is not None, "a forward pass comes first"
         assert self._step is not None, "made together"
+        plugin = self.precision_plugin
+        self.pre_backward(closure_loss)
+        loss = plugin.pre_backward(closure_loss, self._module)
         with self._keeping.recording():
-            loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+            plugin.backward(loss, self._module, optimizer, *args, **kwargs)
+        # Before the hook on_after_backward, which must not see a gradient without noise.
         self._step.collect(self._keeping.close(), self._num_real)
+        loss = plugin.post_backward(loss, self._module)
+        self.post_backward(loss)
         return loss
 
     def optimizer_step(
@@ -224,19 +230,25 @@ class DPStrategy(DDPStrategy):
     ) -> Any:
         """Release the noisy gradient after the closure, so that every later hook and the optimizer see only that."""
 
-        def private_closure() -> Any:
-            result = closure()
+        def private_closure() -> None:
+            closure()
+            if self._step is None or not self._step.num_pending:
+                raise PrivacyError(
+                    "optimizer.step() was called without a new training step: there is nothing to release. Call it "
+                    "once for every batch, with the closure that Lightning passes."
+                )
             self.budget.book()
-            assert self._step is not None, "the closure ran a training step"
             self._step.release()
-            return result
+            # The loss is not returned: an optimizer that steps by it would step by private data.
 
         return super().optimizer_step(optimizer, private_closure, model, **kwargs)
 
     def _begin(self, run_step: Callable[[Any], Any]) -> Keeping:
         """Begin a logical batch; on the first one, and when other parameters are trained, observe the model."""
+        checks.check_trainer(self._module.trainer)
         checks.check_module(self._module)
         trained, others = checks.trained_parameters(self._module, self.optimizers)
+        checks.check_hooks(trained)
         for parameter in trained.values():
             parameter.grad = None  # of the step before: not an escape from the book
         if self._keeping is None or self._step is None or not self._keeping.trains(trained):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -49,6 +49,24 @@ class Observer:
         """
         if not isinstance(keeping, BookKeeping):
             return  # a sample that is alone in its batch depends on no other
+        before = self._parameter_values()
+        self._observe(keeping, trained, check)
+        for name, value in self._parameter_values().items():
+            if value != before.get(name):
+                raise UnsupportedModelError(
+                    f"the training step writes into the parameter '{name}': what it writes is not noised. Let only the "
+                    "optimizer change parameters while training; an average of weights belongs in on_train_batch_end."
+                )
+
+    def _parameter_values(self) -> dict[str, tuple[float, float]]:
+        """Return what tells whether a parameter was written to, for every parameter."""
+        values = {}
+        for name, p in self._module.named_parameters():
+            t = p.detach().double()
+            values[name] = float(t.nan_to_num().sum()), float(t.nan_to_num().abs().sum())
+        return values
+
+    def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
         self._choose_samples()
         keeping.observe(self._undisturbed_loss, varied=len(self._index) > 1)
         if not check or len(self._index) < 2:
@@ -77,7 +95,7 @@ class Observer:
             with torch.no_grad(), undisturbed(self._module):
                 output = self._output("aa")
             check_loss(output)
-            loss = output.get("loss") if isinstance(output, dict) else output
+            loss = output.get("loss") if isinstance(output, Mapping) else output
             if loss is None or bool(loss.isfinite()):
                 found.append(index)
             if len(found) == wanted:
@@ -93,12 +111,12 @@ class Observer:
         with undisturbed(self._module):  # each pass, so that all begin with the same buffers
             output = self._output(samples)
             check_loss(output)
-        return output.get("loss") if isinstance(output, dict) else output
+        return output.get("loss") if isinstance(output, Mapping) else output
 
     def _loss(self, samples: str) -> Tensor:
         output = self._output(samples)
         check_loss(output)
-        loss = output.get("loss") if isinstance(output, dict) else output
+        loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise UnsupportedModelError(
                 "the training step returned no loss for the first samples, so the bound cannot be checked on it. "

@@ -6,6 +6,7 @@ Lightning's hooks (``dp``) or per-sample gradients (``bookkeeping``).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from lightning_dp.budget import PrivacyBudget
 from lightning_dp.data import PoissonLoader, check_dataloader
 from lightning_dp.errors import PrivacyError
 from lightning_dp.mechanism import Mechanism
-from lightning_dp.noise import GaussianNoise, secret_generator
+from lightning_dp.noise import SecretRandom
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.strategies.planning import planned_steps
 from lightning_dp.strategies.settings import PrivacySettings
+
+_log = logging.getLogger("lightning_dp")
 
 _CHECKPOINT_KEY = "lightning_dp"
 
@@ -41,7 +44,7 @@ class PrivateRun:
         self.mechanism: Mechanism | None = None
         self._budget: PrivacyBudget | None = None
         self._journal = Journal()
-        self._noise, self._sampling = GaussianNoise(), secret_generator()
+        self._noise, self._sampling = SecretRandom(), SecretRandom()
 
     @property
     def budget(self) -> PrivacyBudget:
@@ -78,7 +81,7 @@ class PrivateRun:
             self.settings.resolved_accountant(),
             self.ledger,
             self._journal,
-            delta=self.settings.delta(len(user.dataset)),  # type: ignore[arg-type]
+            delta=self._smallest_delta(len(user.dataset)),  # type: ignore[arg-type]
             target_epsilon=self.settings.target_epsilon,
             planned_steps=planned,
         )
@@ -87,9 +90,14 @@ class PrivateRun:
             sample_rate=mechanism.sample_rate,
             num_batches=len(user),
             max_physical_batch_size=self.settings.physical_batch_size(user.batch_size or 1),
-            generator=self._sampling,
+            random=self._sampling,
         )
         return self.loader
+
+    def _smallest_delta(self, num_examples: int) -> float:
+        """Return delta; a default one only shrinks, since it must suit every dataset that was released from."""
+        delta = self.settings.delta(num_examples)
+        return min(delta, self._budget.delta) if self._budget else delta
 
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
         """Return the buffers for these parameters."""
@@ -110,7 +118,10 @@ class PrivateRun:
         """Count every release that a checkpoint and the journals beside it know of."""
         if _CHECKPOINT_KEY in checkpoint:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
+        elif checkpoint.get("global_step"):
+            _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         self._journal.read(path.parent, self.ledger)
+        self.keep_journal_beside(path)  # whoever resumes from there again must find what this run releases
 
     def close(self) -> None:
         """Leave the exact number of releases on disk."""

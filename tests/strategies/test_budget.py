@@ -157,3 +157,36 @@ def test_a_training_step_that_returns_none_still_counts():
     with pytest.warns(UserWarning, match="`training_step` returned `None`"):
         trainer(dp, max_steps=4).fit(Skips(), loader())
     assert dp.num_releases == 4
+
+
+def test_a_second_step_on_one_batch_is_refused():
+    class Again(Regression):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer.step(closure=optimizer_closure)
+            optimizer.step(closure=lambda: None)
+
+    dp = ldp.DPStrategy(noise_multiplier=1.0)
+    with pytest.raises(ldp.PrivacyError, match="nothing to release"):
+        trainer(dp).fit(Again(), loader())
+    assert dp.num_releases == 1
+
+
+def test_the_optimizer_does_not_see_the_loss():
+    seen = []
+
+    class Polyak(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(closure())
+            return super().step()
+
+    trainer().fit(Regression(optimizer=Polyak), loader())
+    assert seen == [None] * 3
+
+
+def test_the_default_delta_suits_every_dataset_of_a_run():
+    dp = ldp.DPStrategy(noise_multiplier=1.0)
+    fit, module = trainer(dp, max_steps=1), Regression()
+    fit.fit(module, loader(n=1000))
+    fit.fit_loop.epoch_loop.max_steps = 2
+    fit.fit(module, loader(n=20))
+    assert dp.delta == pytest.approx(1e-4)

@@ -113,6 +113,24 @@ def test_another_sample_rate_needs_a_noise_multiplier(tmp_path):
     assert dp.num_releases == 6
 
 
+def test_what_a_resumed_run_released_is_found_by_the_next_one(tmp_path):
+    saved(tmp_path / "a.ckpt", steps=2)
+    resumed = ldp.DPStrategy(noise_multiplier=1.0)
+    trainer(resumed, max_steps=9).fit(Regression(), loader(), ckpt_path=tmp_path / "a.ckpt")  # saves no checkpoint
+    assert resumed.num_releases == 9
+    again = ldp.DPStrategy(noise_multiplier=1.0)
+    trainer(again, max_steps=3).fit(Regression(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert again.num_releases == 10
+
+
+def test_a_checkpoint_without_a_ledger_is_said_to_be_one(tmp_path, caplog):
+    plain = trainer("auto", max_steps=2)
+    plain.fit(Regression(), loader())
+    plain.save_checkpoint(tmp_path / "a.ckpt")
+    trainer(max_steps=3).fit(Regression(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert "holds no record of releases" in caplog.text
+
+
 RUN = """
 import os, sys, warnings
 warnings.filterwarnings("ignore")

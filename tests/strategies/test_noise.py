@@ -1,12 +1,16 @@
 """The noise: its scale, its distribution and its secrecy."""
 
+import copy
+import os
+import pickle
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 
 import lightning_dp as ldp
-from lightning_dp.noise import GaussianNoise
+from lightning_dp.noise import SecretRandom
 from tests.models import Regression, ZeroGradient, loader, parameters, trainer, updates
 
 NOISE, BOUND, BATCH, LR, SIZE = 1.5, 0.7, 5, 0.3, 200_000
@@ -60,7 +64,7 @@ def test_random_numbers_of_the_model_follow_seed_everything():
 
 
 def test_noise_is_normal_by_its_moments_and_tail():
-    values = GaussianNoise().draw(torch.empty(2_000_000), 1.0)
+    values = SecretRandom().normal(torch.empty(2_000_000))
     assert values.dtype == torch.float64
     assert float(values.pow(4).mean()) == pytest.approx(3.0, rel=0.02)
     share = float((values.abs() > 3).double().mean())
@@ -87,3 +91,26 @@ def test_noise_differs_after_resume(tmp_path):
         trainer(max_steps=2).fit(module, loader(), ckpt_path=tmp_path / "a.ckpt")
         results.append(parameters(module)["net.weight"])
     assert not torch.equal(*results)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_copies_and_forks_do_not_repeat_the_noise():
+    random, like = SecretRandom(), torch.empty(4)
+    copies = [copy.deepcopy(random), pickle.loads(pickle.dumps(random))]
+    draws = [r.normal(like) for r in (random, *copies)]
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, random.normal(like).numpy().tobytes())
+        os._exit(0)
+    forked = os.read(read, 32)
+    os.wait()
+    os.close(read)
+    os.close(write)
+    assert forked != random.normal(like).numpy().tobytes()
+
+
+def test_the_seed_is_longer_than_can_be_tried():
+    generator = SecretRandom()._cpu
+    assert generator.bit_generator.seed_seq.entropy.bit_length() > 96  # 128 random bits; fewer than 97 by chance 2^-32

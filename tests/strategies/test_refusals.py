@@ -252,6 +252,31 @@ def test_a_custom_function_is_named_with_its_parameter_and_line():
     )
 
 
+@pytest.mark.parametrize("engine", ["book", "loop"])
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradient_hooks_on_parameters(engine, hook):
+    module = Regression()
+    getattr(module.net.weight, hook)(lambda *_: None)
+    settings = {"noise_multiplier": 1.0, "clipping_engine": engine}
+    refused("'net.weight' has a gradient hook", module=module, error=ldp.UnsupportedModelError, strategy=settings)
+
+
+def test_a_training_step_that_writes_into_a_parameter():
+    class Writes(Regression):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+        def training_step(self, batch, batch_idx):
+            self.shift.data.copy_(batch[0].mean(0))
+            return super().training_step(batch, batch_idx)
+
+    dp = ldp.DPStrategy(noise_multiplier=1.0)
+    with pytest.raises(ldp.UnsupportedModelError, match="writes into the parameter 'shift'"):
+        trainer(dp).fit(Writes(), loader())
+    assert dp.num_releases == 0
+
+
 def test_samples_that_influence_each_other_are_refused():
     class Centred(nn.Linear):
         def forward(self, x):

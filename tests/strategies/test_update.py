@@ -124,7 +124,8 @@ def test_precision_bf16_mixed_stays_close():
     assert relative_error(one_step(Regression(net()), data, precision="bf16-mixed"), exact) < 2e-2
 
 
-def test_gradient_hooks_see_released_gradients_only():
+@pytest.mark.parametrize("engine", ["book", "loop"])
+def test_gradient_hooks_see_released_gradients_only(engine):
     seen = []
 
     class Hooks(Regression):
@@ -134,6 +135,6 @@ def test_gradient_hooks_see_released_gradients_only():
         def on_before_optimizer_step(self, optimizer):
             seen.append([p.grad is not None for p in self.parameters()])
 
-    trainer(max_steps=2).fit(Hooks(), loader())
+    trainer(ldp.DPStrategy(noise_multiplier=1.0, clipping_engine=engine), max_steps=2).fit(Hooks(), loader())
     assert len(seen) >= 4
     assert all(all(row) for row in seen)
