@@ -114,8 +114,9 @@ class PrivacySettings:
                 f"most {num_examples // world_size}; the memory of a step is set by max_physical_batch_size."
             )
         rate = expected / num_examples
-        noise = self._noise(rate, self.delta(num_examples), planned_steps, ledger)
-        self._check_first_step(noise, rate, self.delta(num_examples), planned_steps, ledger)
+        delta = self.delta(num_examples)
+        noise = self._noise(rate, delta, planned_steps, ledger)
+        self._check_first_step(noise, rate, delta, planned_steps, ledger)
         return Mechanism(noise, self.resolved_clipping(), rate, float(expected))
 
     def _noise(self, rate: float, delta: float, planned_steps: int | None, ledger: Ledger) -> float:
@@ -131,18 +132,21 @@ class PrivacySettings:
                 "the noise cannot be calibrated without a planned number of steps: the trainer has max_epochs=-1 and "
                 "max_steps=-1. Give the Trainer max_epochs or max_steps, or give noise_multiplier to DPStrategy."
             )
-        noise = calibrate_noise_multiplier(
-            target_epsilon=self.target_epsilon,
-            target_delta=delta,
-            sample_rate=rate,
-            num_steps=planned_steps,
-            accountant=self.accountant,
-        )
+        noise = self._calibrated(self.target_epsilon, rate, delta, planned_steps)
         rank_zero_info(
             f"Privacy: noise_multiplier {noise:.4g} calibrated to epsilon {self.target_epsilon:g} at delta {delta:.3g} "
             f"for {planned_steps} steps at sample rate {rate:.4g}."
         )
         return noise
+
+    def _calibrated(self, target_epsilon: float, rate: float, delta: float, num_steps: int) -> float:
+        return calibrate_noise_multiplier(
+            target_epsilon=target_epsilon,
+            target_delta=delta,
+            sample_rate=rate,
+            num_steps=num_steps,
+            accountant=self.accountant,
+        )
 
     def _check_first_step(
         self, noise: float, rate: float, delta: float, planned_steps: int | None, ledger: Ledger
@@ -156,13 +160,7 @@ class PrivacySettings:
         if first <= self.target_epsilon:
             return
         steps = planned_steps or 1
-        enough = calibrate_noise_multiplier(
-            target_epsilon=self.target_epsilon,
-            target_delta=delta,
-            sample_rate=rate,
-            num_steps=steps,
-            accountant=self.accountant,
-        )
+        enough = self._calibrated(self.target_epsilon, rate, delta, steps)
         raise PrivacyConfigurationError(
             f"target_epsilon={self.target_epsilon:g} is too small for a single step with noise_multiplier={noise:g} at "
             f"sample rate {rate:.4g}, which spends epsilon {first:.4g} at delta {delta:.3g}. Use noise_multiplier="
