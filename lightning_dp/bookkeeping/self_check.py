@@ -6,8 +6,8 @@ On batches of two to three samples of the user's own dataset, in training mode:
 
 - (a) for one sample, the norm in the book is the norm of autograd's gradient;
 - (b) for several, the sum of the book's entries is autograd's gradient;
-- (c) a sample's contribution does not change when its neighbour in the batch is another, nor, in evaluation mode (where
-  nothing is drawn at random), when it is left out;
+- (c) a sample's contribution does not change when its neighbour in the batch is another, nor, in evaluation mode and
+  with equal random draws for all samples, when it is left out;
 - (d) no buffer is written with what the samples contain.
 
 (a) and (b) find a wrong rule of this library; (c) finds everything that couples samples, which no library can clip.
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.bookkeeping.book import Book
+from lightning_dp.bookkeeping.draws import EqualDraws
 from lightning_dp.bookkeeping.engine import BookKeeping
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.errors import UnsupportedModelError
@@ -135,7 +136,14 @@ class _Check:
         self._compare(one, two, "when its neighbour in the batch was another")
 
     def _check_left_out(self) -> None:
-        alone, both = self._contribution("ab", 1), self._contribution("aab", 2)
+        with EqualDraws() as of_two:
+            self._book("ab")
+        with EqualDraws() as of_three:
+            self._book("aab")
+        with EqualDraws(of_two.drawn, of_three.drawn):
+            alone = self._contribution("ab", 1)
+        with EqualDraws(of_two.drawn, of_three.drawn):
+            both = self._contribution("aab", 2)
         if self._subject.mean_loss:
             alone, both = {n: 2 * g for n, g in alone.items()}, {n: 3 * g for n, g in both.items()}
         self._compare(alone, both, "when another sample was left out of the batch")

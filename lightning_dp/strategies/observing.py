@@ -9,12 +9,14 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from torchmetrics import Metric
 
 from lightning_dp.bookkeeping import BookKeeping, Keeping, Subject, self_check
@@ -85,12 +87,12 @@ class Observer:
             self_check(subject)
 
     def _choose_samples(self) -> None:
-        """Choose up to four samples, evenly spread over the dataset, whose loss is finite."""
+        """Choose up to four samples, evenly spread over the dataset and of different sizes, whose loss is finite."""
         size, wanted = self._loader.num_examples, len(_LETTERS)
         count = min(4 * wanted, size)
         spread = [k * size // count for k in range(count)]
         found: list[int] = []
-        for index in (i for start in range(wanted) for i in spread[start::wanted]):
+        for index in self._varied([i for start in range(wanted) for i in spread[start::wanted]]):
             self._index = {"a": index}
             with torch.no_grad(), undisturbed(self._module):
                 output = self._output("aa")
@@ -106,6 +108,14 @@ class Observer:
                 "values in them, or in the model's parameters."
             )
         self._index = dict(zip(_LETTERS, found, strict=False))
+
+    def _varied(self, indices: list[int]) -> list[int]:
+        """Return the samples in an order in which sizes alternate: samples of one length hide what depends on it."""
+        by_size: dict[Any, list[int]] = {}
+        with undisturbed(self._module):
+            for index in indices:
+                by_size.setdefault(_size(self._loader.batch_of([index])), []).append(index)
+        return [index for few in zip_longest(*by_size.values()) for index in few if index is not None]
 
     def _undisturbed_loss(self, samples: str) -> Any:
         with undisturbed(self._module):  # each pass, so that all begin with the same buffers
@@ -127,6 +137,12 @@ class Observer:
     def _output(self, samples: str) -> Any:
         only = self._index["a"]  # a dataset of one sample has no b
         return self._run_step(self._loader.batch_of([self._index.get(s, only) for s in samples]))
+
+
+def _size(batch: Any) -> tuple[Any, ...]:
+    """Return what tells samples of different length apart, padded (the last value is repeated) or not."""
+    tensors = [t for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.numel()]
+    return tuple((tuple(t.shape), int((t == t.flatten()[-1]).sum())) for t in tensors)
 
 
 @contextmanager
