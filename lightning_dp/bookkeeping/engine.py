@@ -6,15 +6,15 @@ loss, the batches, clipping or noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from lightning_dp.bookkeeping.base import Keeping
 from lightning_dp.bookkeeping.book import Book
-from lightning_dp.bookkeeping.interception import Handler, intercepting, swapped, without_interception
+from lightning_dp.bookkeeping.interception import Handler, intercepting, swapped, unswapped, without_interception
 from lightning_dp.bookkeeping.layout import Layouts
 from lightning_dp.bookkeeping.observation import Forward, observe
 from lightning_dp.bookkeeping.recorder import Recorder
@@ -65,8 +65,38 @@ class BookKeeping(Keeping):
             self._recorder = Recorder(self._names, self._layouts, num_samples, self._is_recording)
         if self._recorder is None:
             raise RuntimeError("recording() without a number of samples continues a pass, and none was begun")
-        with self._swap(self._recorder.dispatch):
+        with nullcontext() if self._is_recording() else self._swap(self._recorder.dispatch):
             yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Give the parameters their own classes inside, in the middle of a recording: for a step of an optimizer."""
+        if not self._is_recording():
+            yield
+            return
+        handler, self._handler = self._handler, _as_usual
+        try:
+            with unswapped(self._swapped):
+                yield
+        finally:
+            self._handler = handler
+
+    def filed(self) -> set[str]:
+        """Return the parameters for which gradients are in the book of the pass that is recorded."""
+        if self._recorder is None:
+            return set()
+        self._recorder.carry()
+        return set(self._recorder.book.entries)
+
+    def take(self, names: Iterable[str]) -> Book:
+        """Return what is in the book for these parameters, and go on with the pass.
+
+        Between `recording` and `close`, for several backward passes through one forward pass.
+        """
+        if self._recorder is None:
+            raise RuntimeError("take() needs a pass that is recorded, and none was begun")
+        self._recorder.carry()
+        return self._recorder.book.take(names)
 
     def close(self) -> Book:
         """End the pass and return its book.
