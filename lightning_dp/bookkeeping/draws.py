@@ -8,6 +8,7 @@ Owns: the passes with equal draws. Does not own: what is compared (``self_check`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class EqualDraws(TorchDispatchMode):
             return func(*args, **kwargs)
         number = len(self.drawn)
         leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_size)
-        torch.manual_seed(number)
+        seed = _seeding(number, leaves)
+        seed()
         result = func(*args, **kwargs)
         outputs, structure = tree_flatten(result)
         self.drawn.append([_shape(leaf) for leaf in (*leaves, *outputs)])
@@ -52,7 +54,7 @@ class EqualDraws(TorchDispatchMode):
             return result
 
         def drawn_for(row: int) -> list[Any]:
-            torch.manual_seed(number)
+            seed()
             row_args, row_kwargs = tree_unflatten([_row(t, k, row) for t, k in zip(leaves, axes, strict=False)], spec)
             return tree_flatten(func(*row_args, **row_kwargs))[0]
 
@@ -72,6 +74,18 @@ def _axes(two: Shapes, three: Shapes) -> list[int | None]:
     except ValueError:
         return []
     return [axis.dim if axis is not None else None for axis in found]
+
+
+def _seeding(number: int, leaves: list[Any]) -> Callable[[], None]:
+    """Return what makes an operator draw the same again: from a generator of its own, or from the default one."""
+    states = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
+
+    def seed() -> None:
+        torch.manual_seed(number)
+        for generator, state in states:
+            generator.set_state(state)
+
+    return seed
 
 
 def _is_size(leaf: Any) -> bool:

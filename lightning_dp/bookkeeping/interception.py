@@ -98,7 +98,7 @@ def swapped(parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[
 @contextmanager
 def unswapped(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[None]:
     """Give parameters that are swapped their own classes inside, and the swapped ones back at the end."""
-    seen = [(parameter, type(parameter)) for _, parameter in parameters]
+    seen: list[tuple[nn.Parameter, Any]] = [(parameter, type(parameter)) for _, parameter in parameters]
     for parameter, swapped_class in seen:
         parameter.__class__ = swapped_class.__base__
     try:
