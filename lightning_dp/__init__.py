@@ -1,6 +1,7 @@
 """Train any LightningModule with differential privacy: add ``DPStrategy`` to the ``Trainer``."""
 
 from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon, max_steps
+from lightning_dp.bookkeeping import register_rule
 from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor
 from lightning_dp.errors import (
     PrivacyBudgetExceeded,
@@ -26,4 +27,5 @@ __all__ = [
     "compute_epsilon",
     "max_steps",
     "per_sample_mean",
+    "register_rule",
 ]

@@ -19,6 +19,7 @@ from lightning_dp.bookkeeping.layout import Layouts
 from lightning_dp.bookkeeping.observation import Forward, observe
 from lightning_dp.bookkeeping.recorder import Recorder
 from lightning_dp.bookkeeping.refusals import escaped
+from lightning_dp.errors import UnsupportedModelError
 
 
 class BookKeeping(Keeping):
@@ -111,7 +112,7 @@ class BookKeeping(Keeping):
         for name, parameter in self._trained.items():
             if parameter.grad is not None:
                 parameter.grad = None
-                raise escaped(name)
+                raise self.escape_of(name)
         book = recorder.close()
         for name, entries in book.entries.items():
             assert all(entry.shape == self._trained[name].shape for entry in entries), f"a rule broke '{name}'"
@@ -122,6 +123,10 @@ class BookKeeping(Keeping):
         if self._recorder is not None:
             self._recorder.abandon()
         self._recorder = None
+
+    def escape_of(self, name: str) -> UnsupportedModelError:
+        """Return the error for a parameter whose gradient autograd computed past the book."""
+        return escaped(name, self._layouts.where(name))
 
     def _is_recording(self) -> bool:
         return self._handler is not _as_usual

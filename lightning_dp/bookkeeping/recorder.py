@@ -114,7 +114,7 @@ class Recorder:
         """
         for name, leaf in self._roots.items():
             if leaf.grad is not None:
-                raise escaped(name)
+                raise escaped(name, self._layouts.where(name))
         self.book.carry()
 
     def abandon(self) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dp.bookkeeping import Book, BookKeeping
-from lightning_dp.bookkeeping.refusals import escaped
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.errors import PrivacyError, UnsupportedModelError
 from lightning_dp.private_step import PrivateStep
@@ -66,7 +65,7 @@ class PendingGradients:
         for name, p in self._parameters.items():
             if p.grad is not None:
                 p.grad = None
-                raise escaped(name)
+                raise self._keeping.escape_of(name)
             p.grad = before[name]
             if name in filed and p.grad is None:
                 p.grad = self._held[name] = torch.zeros_like(p)
