@@ -19,11 +19,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.book import Book
+from lightning_dp.bookkeeping.culprit import where_samples_meet
 from lightning_dp.bookkeeping.draws import EqualDraws
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.errors import UnsupportedModelError
@@ -39,13 +41,13 @@ _COARSE = 5e-2
 class Subject:
     """What is checked.
 
-    A training step is run on the samples named by a string: ``"aab"`` is a batch ``[a, a, b]``. It has one book for
-    each release that would be made of it, and as many ordinary gradients.
+    A training step has one book for each release that would be made of it, and as many ordinary gradients.
 
     Args:
         buffers: The model's buffers by name.
-        books: Runs the training step through the observed book-keeping.
-        gradients: Runs the training step by autograd alone.
+        batch: Returns a batch of the samples named by a string: ``"aab"`` is ``[a, a, b]``.
+        books: Runs the training step on a batch, with its number of samples, through the observed book-keeping.
+        gradients: Runs the training step on a batch by autograd alone.
         evaluating: Context in which the model is in evaluation mode.
         mean_loss: Whether the loss is the mean over the batch, rather than the sum.
         others: Further samples, as single letters, to put in the place of a neighbour.
@@ -54,8 +56,9 @@ class Subject:
     """
 
     buffers: Mapping[str, Tensor]
-    books: Callable[[str], Sequence[Book]]
-    gradients: Callable[[str], Sequence[Gradients]]
+    batch: Callable[[str], Any]
+    books: Callable[[Any, int], Sequence[Book]]
+    gradients: Callable[[Any], Sequence[Gradients]]
     evaluating: Callable[[], AbstractContextManager[None]]
     mean_loss: bool = True
     others: str = "b"
@@ -159,22 +162,25 @@ class _Check:
         tolerance = max(map(self._tolerance, one.values()), default=0.0)
         if _length(moved) <= tolerance * max(lengths):
             return
+        self._restore()
+        where = where_samples_meet(self._subject.batch, self._subject.gradients)
         size = f"its length went from {lengths[0]:.4g} to {lengths[1]:.4g}"
         along = sum(float((one[name].double() * two[name].double()).sum()) for name in one)
         if along > (1 - tolerance**2) * lengths[0] * lengths[1] > 0:
             reduction = "mean" if self._subject.mean_loss else "sum"
             raise UnsupportedModelError(
                 f"self-check (c): the gradient of a sample was rescaled {event} ({size}): the loss weighs a sample by "
-                "what else is in the batch. A mean over the tokens of all samples (padded, or with ignore_index) does "
-                "this: take the mean of each sample first, lightning_dp.per_sample_mean(token_losses, mask). Otherwise "
-                f"the loss is not the {reduction} over the samples that DPStrategy(loss_reduction='{reduction}') says."
+                f"what else is in the batch{where}. A mean over the tokens of all samples (padded, or with "
+                "ignore_index) does this: take the mean of each sample first, "
+                "lightning_dp.per_sample_mean(token_losses, mask). Otherwise the loss is not the "
+                f"{reduction} over the samples that DPStrategy(loss_reduction='{reduction}') says."
             )
         most = sorted(moved, key=lambda name: -float(moved[name].norm()))
         raise UnsupportedModelError(
             f"self-check (c): the gradient of a sample changed {event} ({size}; most for "
-            f"{_some([repr(name) for name in most])}): samples influence each other. A contrastive loss, a statistic "
-            "of the batch, or control flow that depends on the batch does this: compute the loss of each sample from "
-            "that sample alone."
+            f"{_some([repr(name) for name in most])}): samples influence each other{where}. A contrastive loss, a "
+            "statistic of the batch, or control flow that depends on the batch does this: compute the loss of each "
+            "sample from that sample alone."
         )
 
     # ---- passes --------------------------------------------------------------------------------------------------
@@ -195,13 +201,13 @@ class _Check:
 
     def _books(self, samples: str) -> Sequence[Book]:
         self._restore()
-        books = self._subject.books(samples)
+        books = self._subject.books(self._subject.batch(samples), len(samples))
         self._written = {name: buffer.detach().clone() for name, buffer in self._subject.buffers.items()}
         return books
 
     def _autograd(self, samples: str) -> Gradients:
         self._restore()
-        return _merged(self._subject.gradients(samples))
+        return _merged(self._subject.gradients(self._subject.batch(samples)))
 
     def _tolerance(self, g: Tensor) -> float:
         return _COARSE if self._subject.coarse else _TOLERANCE.get(g.dtype, _COARSE)

@@ -79,8 +79,9 @@ class Observer:
             return
         subject = Subject(
             buffers={name: b for name, b in self._module.named_buffers() if isinstance(b, Tensor)},
-            books=lambda samples: self._trial.books(keeping, self.batch(samples), len(samples)),
-            gradients=lambda samples: self._trial.gradients(trained, self.batch(samples)),
+            batch=self.batch,
+            books=lambda batch, num_samples: self._trial.books(keeping, batch, num_samples),
+            gradients=lambda batch: self._trial.gradients(trained, batch),
             evaluating=lambda: evaluating(self._module),
             mean_loss=self._mean_loss,
             others="".join(self._index)[:0:-1],
