@@ -8,7 +8,7 @@ On batches of two to three samples of the user's own dataset, in training mode:
 - (b) for several, the sum of the book's entries is autograd's gradient;
 - (c) a sample's contribution does not change when its neighbour in the batch is another, nor, in evaluation mode and
   with equal random draws for all samples, when it is left out;
-- (d) no buffer is written with what the samples contain.
+- (d) no buffer or parameter is written with what the samples contain.
 
 (a) and (b) find a wrong rule of this library; (c) finds everything that couples samples, which no library can clip.
 """
@@ -44,7 +44,7 @@ class Subject:
     A training step has one book for each release that would be made of it, and as many ordinary gradients.
 
     Args:
-        buffers: The model's buffers by name.
+        state: What the training step may write, by name: buffers, and the parameters that it was seen to write.
         batch: Returns a batch of the samples named by a string: ``"aab"`` is ``[a, a, b]``.
         books: Runs the training step on a batch, with its number of samples, through the observed book-keeping.
         gradients: Runs the training step on a batch by autograd alone.
@@ -55,7 +55,7 @@ class Subject:
         smallest: The smallest batch that the training step can run on, ``"a"`` or, for some layers, ``"aa"``.
     """
 
-    buffers: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
     batch: Callable[[str], Any]
     books: Callable[[Any, int], Sequence[Book]]
     gradients: Callable[[Any], Sequence[Gradients]]
@@ -80,7 +80,7 @@ class _Check:
 
     def __init__(self, subject: Subject) -> None:
         self._subject, self._state = subject, RandomState.of_all()
-        self._buffers = {name: buffer.detach().clone() for name, buffer in subject.buffers.items()}
+        self._values = {name: buffer.detach().clone() for name, buffer in subject.state.items()}
 
     def run(self) -> None:
         """Check everything."""
@@ -137,9 +137,9 @@ class _Check:
         for name, value in written.items():
             if not torch.allclose(value, written_now[name], rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise UnsupportedModelError(
-                    f"self-check (d): the training step writes into the buffer '{name}' what depends on the samples of "
-                    "the batch, so it would be released without noise. Do not update it while training, or compute it "
-                    "from public data beforehand."
+                    f"self-check (d): the training step writes into '{name}', a buffer or parameter, what depends on "
+                    "the samples of the batch, so it would be released without noise. Do not update it while training, "
+                    "or compute it from public data beforehand."
                 )
         self._compare(one, two, "when its neighbour in the batch was another")
 
@@ -202,7 +202,7 @@ class _Check:
     def _books(self, samples: str) -> Sequence[Book]:
         self._restore()
         books = self._subject.books(self._subject.batch(samples), len(samples))
-        self._written = {name: buffer.detach().clone() for name, buffer in self._subject.buffers.items()}
+        self._written = {name: buffer.detach().clone() for name, buffer in self._subject.state.items()}
         return books
 
     def _autograd(self, samples: str) -> Gradients:
@@ -215,8 +215,8 @@ class _Check:
     def _restore(self) -> None:
         self._state.restore()
         with torch.no_grad():
-            for name, buffer in self._subject.buffers.items():
-                buffer.copy_(self._buffers[name])
+            for name, buffer in self._subject.state.items():
+                buffer.copy_(self._values[name])
 
 
 _OUR_FAULT = (

@@ -36,6 +36,7 @@ class Observer:
     def __init__(self, module: pl.LightningModule, loader: PoissonLoader, trial: Trial, *, mean_loss: bool) -> None:
         self._module, self._loader, self._trial, self._mean_loss = module, loader, trial, mean_loss
         self._index: dict[str, int] = {}
+        self._written: set[str] = set()
 
     def rehearse(self, trial: ManualTrial) -> tuple[list[Optimizer], set[Optimizer]]:
         """Find out which optimizers step, and which of them do so by gradients that do not depend on the samples."""
@@ -54,31 +55,19 @@ class Observer:
         """
         if not isinstance(keeping, BookKeeping):
             return  # a sample that is alone in its batch depends on no other
-        before = self._parameter_values()
         self._observe(keeping, trained, check)
-        for name, value in self._parameter_values().items():
-            if value != before.get(name):
-                raise UnsupportedModelError(
-                    f"the training step writes into the parameter '{name}': what it writes is not noised. Let only the "
-                    "optimizer change parameters while training; an average of weights belongs in on_train_batch_end."
-                )
-
-    def _parameter_values(self) -> dict[str, tuple[float, float]]:
-        """Return what tells whether a parameter was written to, for every parameter."""
-        values = {}
-        for name, p in self._module.named_parameters():
-            t = p.detach().double()
-            values[name] = float(t.nan_to_num().sum()), float(t.nan_to_num().abs().sum())
-        return values
 
     def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
         if not self._index:
             self._choose_samples()
         keeping.observe(self._loss, varied=len(self._index) > 1)
         if not check or len(self._index) < 2:
+            self._check_not_written()
             return
+        named = {**dict(self._module.named_buffers()), **dict(self._module.named_parameters())}
+        held = [name for name, _ in self._module.named_buffers()]
         subject = Subject(
-            buffers={name: b for name, b in self._module.named_buffers() if isinstance(b, Tensor)},
+            state={name: named[name] for name in (*held, *self._written)},
             batch=self.batch,
             books=lambda batch, num_samples: self._trial.books(keeping, batch, num_samples),
             gradients=lambda batch: self._trial.gradients(trained, batch),
@@ -91,6 +80,14 @@ class Observer:
         with undisturbed(self._module):
             self_check(subject)
 
+    def _check_not_written(self) -> None:
+        for name in self._written:
+            raise UnsupportedModelError(
+                f"the training step writes into the parameter '{name}': what it writes is not noised, and without the "
+                "self-check it is not known whether it depends on the samples. Let only the optimizer change "
+                "parameters while training; an average of weights belongs in on_train_batch_end."
+            )
+
     def _choose_samples(self) -> None:
         """Choose up to four samples, evenly spread over the dataset and of different sizes, whose loss is finite."""
         size, wanted = self._loader.num_examples, len(_LETTERS)
@@ -99,8 +96,9 @@ class Observer:
         found: list[int] = []
         for index in self._varied([i for start in range(wanted) for i in spread[start::wanted]]):
             self._index = {"a": index}
-            with undisturbed(self._module):
+            with undisturbed(self._module) as written:
                 loss = self._trial.loss(self.batch("aa"))
+            self._written |= written.names
             if loss is None or bool(loss.isfinite()):
                 found.append(index)
             if len(found) == wanted:
@@ -121,8 +119,10 @@ class Observer:
         return [index for few in zip_longest(*by_size.values()) for index in few if index is not None]
 
     def _loss(self, samples: str) -> Tensor | None:
-        with undisturbed(self._module):  # each pass, so that all begin with the same buffers
-            return self._trial.loss(self.batch(samples))
+        with undisturbed(self._module) as written:  # each pass, so that all begin with the same buffers
+            loss = self._trial.loss(self.batch(samples))
+        self._written |= written.names
+        return loss
 
     def batch(self, samples: str) -> Any:
         """Return a batch of the chosen samples that a string names: ``"aab"`` is ``[a, a, b]``."""

@@ -16,17 +16,26 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_dp.strategies.written import Written
+
 
 @contextmanager
-def undisturbed(module: pl.LightningModule) -> Iterator[None]:
-    """Put back afterwards: buffers, metrics, random number generators; inside, ``log`` goes nowhere."""
+def undisturbed(module: pl.LightningModule) -> Iterator[Written]:
+    """Put back afterwards: parameters, buffers, metrics, random numbers; inside, ``log`` goes nowhere.
+
+    Yields:
+        What tells, afterwards, which parameters were written.
+    """
+    written = Written(dict(module.named_parameters()))
     with ExitStack() as stack:
+        stack.callback(written.undo)
         stack.enter_context(_same_random_numbers())
         stack.enter_context(_same_buffers(module))
         stack.enter_context(_same_metrics(module))
         for name in ("log", "log_dict"):
             stack.enter_context(_silenced(module, name))
-        yield
+        with written:
+            yield written
 
 
 @contextmanager

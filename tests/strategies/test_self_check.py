@@ -1,5 +1,6 @@
 """The self-check: what it must catch, each with its own message, and what it must let pass."""
 
+import copy
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -219,7 +220,7 @@ def test_a_buffer_that_follows_the_data():
             self.average.lerp_(batch[0].mean(0), 0.1)
             return super().training_step(batch, batch_idx)
 
-    with pytest.raises(UNSUPPORTED, match=r"\(d\).*buffer 'average'"):
+    with pytest.raises(UNSUPPORTED, match=r"\(d\).*writes into 'average', a buffer"):
         fit(Remembers())
 
 
@@ -236,6 +237,64 @@ def test_a_buffer_that_only_counts_is_no_matter():
     module = Counts()
     fit(module)
     assert float(module.steps) >= 2
+
+
+class Teacher(Regression):
+    """Learns from an average of its own weights, which its training step updates."""
+
+    def __init__(self, of_data=False):
+        super().__init__(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)))
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.of_data = of_data
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with torch.no_grad():
+            for t, p in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                t.lerp_(p, 0.5)
+            if self.of_data:
+                self.teacher[0].bias += x.mean()
+        return F.mse_loss(self.net(x), y) + F.mse_loss(self.net(x), self.teacher(x))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+def test_an_average_of_weights_is_allowed_and_observed_without_a_trace():
+    torch.manual_seed(0)
+    module = Teacher().double()
+    with torch.no_grad():
+        module.teacher[0].weight.zero_()  # so that every update moves it
+    reference, data = copy.deepcopy(module), loader(dtype=torch.float64, batch_size=20)
+    trainer(ldp.DPStrategy(noise_multiplier=0, max_grad_norm=100.0), max_steps=2).fit(module, data)
+    for _ in range(2):
+        reference.zero_grad()
+        reference.training_step(data.dataset.tensors, 0).backward()
+        with torch.no_grad():
+            for p in reference.net.parameters():
+                p -= 0.1 * p.grad
+    for p, q in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_weights_kept_in_a_range_by_the_training_step():
+    class Kept(Regression):
+        def training_step(self, batch, batch_idx):
+            for p in self.net.parameters():
+                p.data = p.data.clamp(-0.1, 0.1)
+                p.data.mul_(1.0)
+            return super().training_step(batch, batch_idx)
+
+    module = Kept()
+    fit(module)
+    assert all(float(p.detach().abs().max()) > 0.1 for p in module.parameters())  # the last step, with noise
+
+
+def test_an_average_of_the_data_in_a_parameter():
+    with pytest.raises(UNSUPPORTED, match=r"\(d\).*writes into 'teacher.0.bias', a buffer or parameter"):
+        fit(Teacher(of_data=True))
+    with pytest.raises(UNSUPPORTED, match="writes into the parameter 'teacher.*without the self-check"):
+        fit(Teacher(), self_check=False)
 
 
 def test_a_step_without_a_loss():
