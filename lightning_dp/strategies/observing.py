@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
@@ -109,6 +110,18 @@ class Observer:
                 "values in them, or in the model's parameters."
             )
         self._index = dict(zip(_LETTERS, found, strict=False))
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Raise if batches are put into an order of their own: then no row of a batch is known to be a sample's."""
+        with undisturbed(self._module):
+            one, other, first, second = (_tensors(self.batch(samples)) for samples in ("ab", "ba", "aa", "bb"))
+        if _all_equal(one, other) and not _all_equal(first, second):
+            raise UnsupportedModelError(
+                "the collate_fn of the train dataloader orders the samples of a batch by itself, such as by length: "
+                "which row belongs to which sample is then not known. Keep the order that it is given; for packed "
+                "sequences use pack_padded_sequence(..., enforce_sorted=False)."
+            )
 
     def _varied(self, indices: list[int]) -> list[int]:
         """Return the samples in an order in which sizes alternate: samples of one length hide what depends on it."""
@@ -130,6 +143,14 @@ class Observer:
         return self._loader.batch_of([self._index.get(s, only) for s in samples])
 
 
+def _tensors(batch: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(batch)[0] if isinstance(t, Tensor)]
+
+
+def _all_equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
 def _needs_two(layer: nn.Module) -> bool:
     """Whether a layer cannot run on one sample; where it is private it has been refused before."""
     return isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training
@@ -137,5 +158,5 @@ def _needs_two(layer: nn.Module) -> bool:
 
 def _size(batch: Any) -> tuple[Any, ...]:
     """Return what tells samples of different length apart, padded (the last value is repeated) or not."""
-    tensors = [t for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.numel()]
+    tensors = [t for t in _tensors(batch) if t.numel()]
     return tuple((tuple(t.shape), int((t == t.flatten()[-1]).sum())) for t in tensors)

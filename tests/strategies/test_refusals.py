@@ -6,7 +6,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 import lightning_dp as ldp
 from lightning_dp.strategies.checks import check_trainer
@@ -277,3 +284,11 @@ def test_samples_that_influence_each_other_are_refused():
             return super().forward(x - x.mean(0))
 
     refused("for another sample of the batch", module=Regression(Centred(3, 2)), error=ldp.UnsupportedModelError)
+
+
+def test_a_collate_function_that_sorts():
+    def collate(samples):
+        return default_collate(sorted(samples, key=lambda sample: float(sample[0][0])))
+
+    data = loader(collate_fn=collate)
+    refused("orders the samples of a batch by itself", data=data, error=ldp.UnsupportedModelError)
