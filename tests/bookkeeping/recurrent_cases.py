@@ -300,6 +300,28 @@ def stacked_loss(model: Any, batch: Batch) -> Tensor:
 add("packed-stacked", lambda: Raw(None, f=lstm(), g=nn.GRU(3, 2)), ragged(3, 5, 1, 5), stacked_loss)
 
 
+def two_sequences_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of two sequences of every sample, in different orders by their lengths."""
+    one = pack_padded_sequence(batch["x"], batch["length"], batch_first=True, enforce_sorted=False)
+    other = pack_padded_sequence(batch["x"].flip(1), 6 - batch["length"], batch_first=True, enforce_sorted=False)
+    return (model(one)[1][0] * model(other)[1][0]).sum((0, 2)).mean()
+
+
+def checkpointed_loss(model: Any, batch: Batch) -> Tensor:
+    """Return the loss of packed sequences in a checkpoint."""
+
+    def run(x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(model.f(packed)[0], batch_first=True)[0]
+
+    out = checkpoint(run, model.g(batch["x"]), batch["length"], use_reentrant=False)
+    return out.cos().sum((1, 2)).mean()
+
+
+add("packed-two-sequences", lstm, ragged(3, 5, 1, 5), two_sequences_loss)
+add("packed-checkpoint", lambda: Raw(None, f=lstm(), g=nn.Linear(4, 4)), ragged(3, 5, 1, 5), checkpointed_loss)
+
+
 class Tagger(nn.Module):
     """Embedding, LSTM and output layer: ``[B, T]`` ids to ``[B, T, tags]``, for sequences of given lengths."""
 

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader
 
 import lightning_dp as ldp
@@ -66,6 +66,42 @@ def test_one_step(lengths, options):
     trainer(strategy, max_steps=1).fit(module, DataLoader(data, batch_size=len(data), collate_fn=collate, shuffle=True))
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(parameter.grad.double(), expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_sequences_packed_by_the_collate_function():
+    class Classifier(LitTagger):
+        def training_step(self, batch, batch_idx):
+            packed, y = batch
+            return F.cross_entropy(self.net.layer(packed)[1][0][-1], y)
+
+    def packing(samples):
+        return pack_sequence([x for x, _ in samples], enforce_sorted=False), torch.stack([y for _, y in samples])
+
+    torch.manual_seed(0)
+    data = [(torch.randn(n, 4), torch.tensor(n % 3)) for n in LENGTHS["ragged"]]
+    module = Classifier()
+    expected = clipped_mean(module, lambda i: packing([data[i]]), len(data), max_grad_norm=0.3)
+    strategy = ldp.DPStrategy(noise_multiplier=0, max_grad_norm=0.3, max_physical_batch_size=3)
+    trainer(strategy, max_steps=1).fit(module, DataLoader(data, batch_size=len(data), collate_fn=packing, shuffle=True))
+    for name, parameter in module.net.layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[f"net.layer.{name}"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_collate_function_that_sorts_is_refused_with_the_way_out():
+    def longest_first(samples):
+        return collate(sorted(samples, key=len, reverse=True))
+
+    class Sorted(LitTagger):
+        def training_step(self, batch, batch_idx):
+            ids, lengths, _ = batch
+            packed = pack_padded_sequence(self.net.embedding(ids), lengths, batch_first=True)
+            return self.net.layer(packed)[1][0].square().sum((0, 2)).mean()
+
+    data = sentences(*LENGTHS["ragged"])
+    with pytest.raises(ldp.UnsupportedModelError, match="enforce_sorted=False"):
+        trainer(ldp.DPStrategy(noise_multiplier=1.0)).fit(
+            Sorted(), DataLoader(data, batch_size=4, collate_fn=longest_first, shuffle=True)
+        )
 
 
 def test_dropout_between_layers_trains():
