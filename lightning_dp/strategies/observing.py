@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping import BookKeeping, Keeping, Subject, self_check
+from lightning_dp.bookkeeping.interception import uncompiled
 from lightning_dp.data import PoissonLoader
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.strategies.trials import ManualTrial, Trial
@@ -56,7 +57,8 @@ class Observer:
         """
         if not isinstance(keeping, BookKeeping):
             return  # a sample that is alone in its batch depends on no other
-        self._observe(keeping, trained, check)
+        with uncompiled():  # also where autograd is compared: compiled code may draw other random numbers
+            self._observe(keeping, trained, check)
 
     def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
         if not self._index:
