@@ -34,7 +34,7 @@ def uncompiled() -> AbstractContextManager[None]:
     """Run what ``torch.compile`` compiled as it was written.
 
     A compiled function would trace the book-keeping along with the model, break its graph at every parameter and be
-    recompiled for every swap; a graph that does not break sees no parameter at all.
+    compiled again for every swap.
     """
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
