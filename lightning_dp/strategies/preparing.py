@@ -67,7 +67,7 @@ def prepare(
         PrivacyError: If it cannot be trained privately.
     """
     if module.automatic_optimization:
-        return _prepare_automatic(module, run, AutomaticTrial(run_step))
+        return _prepare_automatic(module, run, AutomaticTrial(module, run_step))
     return _prepare_manual(module, run, ManualTrial(module, run_step, put))
 
 
