@@ -123,7 +123,7 @@ def trained_parameters(
     if not trained:
         raise PrivacyConfigurationError(
             f"no trainable parameter: none of the parameters given to the optimizer of {type(module).__name__} has "
-            "requires_grad=True. Unfreeze at least one."
+            "requires_grad=True. Unfreeze at least one, and return an optimizer for it from configure_optimizers()."
         )
     held = {id(parameter) for parameter in trained.values()}
     held |= {id(p) for group in named_groups(module, public).values() for p in group.values()}

@@ -26,19 +26,19 @@ def whole(n=12, **settings):
 def by_hand(module, data, steps=3, *, optimizer=None, schedule=None, max_grad_norm=1.0):
     """Return the parameters after some steps by hand, on a copy of the module.
 
-    ``optimizer(module)`` makes the optimizer, by default the module's own; ``schedule(optimizer)`` one for the steps.
+    ``optimizer(module)`` makes the optimizer, by default the module's own; ``schedule(optimizer, module)`` what is
+    called after every step.
     """
     module = copy.deepcopy(module)
     x, y = data.dataset.tensors
     stepper = optimizer(module) if optimizer else module.configure_optimizers()
-    rates = schedule(stepper) if schedule else None
+    after = schedule(stepper, module) if schedule else lambda: None
     for _ in range(steps):
         mean = clipped_mean(module, lambda i: (x[i : i + 1], y[i : i + 1]), len(x), max_grad_norm)
         for name, p in module.named_parameters():
             p.grad = mean.get(name)
         stepper.step()
-        if rates:
-            rates.step()
+        after()
     return parameters(module)
 
 
