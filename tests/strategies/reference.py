@@ -23,13 +23,13 @@ def whole(n=12, **settings):
     return loader(n=n, batch_size=n, dtype=torch.float64, **settings)
 
 
-def by_hand(module, data, steps=3, *, optimizer=None, schedule=None, max_grad_norm=1.0):
-    """Return the parameters after some steps by hand, on a copy of the module.
+def by_hand(module, data, steps=3, *, optimizer=None, schedule=None, max_grad_norm=1.0, on_a_copy=True):
+    """Return the parameters after some steps by hand.
 
     ``optimizer(module)`` makes the optimizer, by default the module's own; ``schedule(optimizer, module)`` what is
     called after every step.
     """
-    module = copy.deepcopy(module)
+    module = copy.deepcopy(module) if on_a_copy else module
     x, y = data.dataset.tensors
     stepper = optimizer(module) if optimizer else module.configure_optimizers()
     after = schedule(stepper, module) if schedule else lambda: None

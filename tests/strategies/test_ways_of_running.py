@@ -184,6 +184,24 @@ def test_nothing_is_left_and_the_next_fit_is_right(error, engine):
         assert_equal(twin, parameters(module))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("reparametrize", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_function_of_parameters_that_the_model_keeps_is_an_ordinary_tensor_afterwards(reparametrize):
+    """These keep the weight that they compute before every forward pass as an attribute."""
+
+    def build():
+        net = network()
+        net[0] = reparametrize(net[0])
+        return Regression(net)
+
+    module, expected = build(), by_hand(build(), whole(), on_a_copy=False)
+    private_fit(module, whole())
+    if reparametrize is nn.utils.weight_norm:  # the other one improves its estimate in every forward pass
+        assert_equal(module, expected)
+    assert type(module.net[0].weight) is torch.Tensor
+    assert type(pickle.loads(pickle.dumps(module.net))[0].weight) is torch.Tensor
+
+
 def test_an_ordinary_fit_leaves_the_same_attributes():
     plain, module = Regression(network()), Regression(network())
     with warnings.catch_warnings():
