@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
@@ -93,6 +94,7 @@ class Observer:
 
     def _choose_samples(self) -> None:
         """Choose up to four samples, evenly spread over the dataset and of different sizes, whose loss is finite."""
+        self._initialize()
         size, wanted = self._loader.num_examples, len(_LETTERS)
         count = min(4 * wanted, size)
         spread = [k * size // count for k in range(count)]
@@ -113,6 +115,12 @@ class Observer:
             )
         self._index = dict(zip(_LETTERS, found, strict=False))
         self._check_order()
+
+    def _initialize(self) -> None:
+        """Let lazy modules initialise their parameters, which depends on shapes alone."""
+        if any(is_lazy(p) for p in self._module.parameters()):
+            with uncompiled(), undisturbed(self._module):
+                self._trial.loss(self._loader.batch_of([0, 0]))
 
     def _check_order(self) -> None:
         """Raise if batches are put into an order of their own: then no row of a batch is known to be a sample's."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping.operators import OperatorMode
@@ -30,10 +31,10 @@ class Written(OperatorMode):
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.names: set[str] = set()
-        self._parameters = dict(parameters)
-        self._data = {name: p.data for name, p in parameters.items()}
+        self._parameters = {name: p for name, p in parameters.items() if not is_lazy(p)}
+        self._data = {name: p.data for name, p in self._parameters.items()}
         self._copies: dict[str, Tensor] = {}
-        self._at = {_address(p): name for name, p in parameters.items() if p.numel()}
+        self._at = {_address(p): name for name, p in self._parameters.items() if p.numel()}
 
     def operator(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy what an operator is about to write."""

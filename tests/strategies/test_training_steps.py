@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_dp as ldp
+from tests.models import clipped_mean
 from tests.strategies.reference import (
     Regression,
     assert_equal,
@@ -175,3 +176,29 @@ def test_random_layers(layer):
     loss = fit.lightning_module.train().training_step(module.batch, 0)
     for found, expected in zip(released, torch.autograd.grad(loss, list(module.parameters())), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature", "ignore:.*UninitializedParameter")
+@pytest.mark.parametrize("engine", ["book", "loop"])
+def test_lazy_modules(engine):
+    module, data = Regression(nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(2)).double(), lr=0.0), whole()
+    private_fit(module, data, steps=1, strategy={"clipping_engine": engine})
+    x, y = data.dataset.tensors
+    expected = clipped_mean(module, lambda i: (x[i : i + 1], y[i : i + 1]), len(x))
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_what_is_logged_is_the_mean_over_all_physical_batches():
+    class Logs(Regression):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, on_step=False, on_epoch=True)
+            self.log("rows", float(len(batch[0])), on_step=False, on_epoch=True, reduce_fx="sum")
+            return loss
+
+    module, data = Logs(network(), lr=0.0), whole()
+    fit = private_fit(module, data, steps=1, strategy={"max_physical_batch_size": 5})
+    expected = F.mse_loss(module.net(data.dataset.tensors[0]), data.dataset.tensors[1]).detach()
+    assert float(fit.callback_metrics["loss"]) == pytest.approx(float(expected), rel=1e-6)
+    assert float(fit.callback_metrics["rows"]) == 12

@@ -184,6 +184,23 @@ def test_nothing_is_left_and_the_next_fit_is_right(error, engine):
         assert_equal(twin, parameters(module))
 
 
+@pytest.mark.parametrize("engine", ["book", "loop"])
+def test_an_error_inside_a_backward_pass_leaves_no_gradient(engine):
+    """Those that autograd has written by then have no noise."""
+
+    def fail(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda g: 1 / 0 if len(steps) == 2 else None)
+
+    steps, module = [], Regression(network())
+    module.on_train_batch_start = lambda batch, batch_idx: steps.append(batch_idx)
+    module.net[1].register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        private_fit(module, whole(), strategy={"clipping_engine": engine})
+    assert len(steps) == 2
+    assert all(p.grad is None for p in module.parameters())
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("reparametrize", [nn.utils.weight_norm, nn.utils.spectral_norm])
 def test_a_function_of_parameters_that_the_model_keeps_is_an_ordinary_tensor_afterwards(reparametrize):
