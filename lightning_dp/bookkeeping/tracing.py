@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,10 +113,12 @@ class Tracer:
         names: Name of each trained parameter by ``id``.
         before: The events of the pass with two samples; ``None`` in that pass itself.
         digest: What is to be kept of a leaf or an output with its sample axis.
+        keep: The numbers of the uses whose outputs are to be kept themselves, in ``kept``.
 
     Attributes:
         events: What the functions looked like, in order.
         uses: The uses of trained parameters among them.
+        kept: The outputs of the uses that were asked for.
         seen: The trained parameters that entered any function.
         registered: Those that entered one which its author registered.
     """
@@ -126,7 +128,10 @@ class Tracer:
         names: Mapping[int, str],
         before: list[Event] | None,
         digest: Callable[[Any, SampleAxis | None], Any] = lambda leaf, axis: None,
+        keep: Collection[int] = (),
     ) -> None:
+        self.kept: dict[int, tuple[Tensor, ...]] = {}
+        self._keep = keep
         self.events: list[Event] = []
         self.uses: list[Use] = []
         self.seen: set[str] = set()
@@ -202,6 +207,8 @@ class Tracer:
             raise UnsupportedModelError(_REDUCED_AND_USED.format(name))
         key = key_of(name, [m for m in marks if m is not None and not isinstance(m, Activation)])
         if key[1]:
+            if len(self.uses) in self._keep:
+                self.kept[len(self.uses)] = outputs
             self.uses.append(self._use(key, layout, leaves, marks, outputs, packing))
         if layout.kind is Kind.DERIVED:
             return key if key[1] else None

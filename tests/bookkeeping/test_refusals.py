@@ -176,9 +176,30 @@ def test_routing_by_content_with_equal_counts_when_observed() -> None:
 def test_order_of_rows_that_cannot_be_told() -> None:
     def typed(m: Any, x: Tensor) -> Tensor:
         kinds = torch.zeros(x.shape[1], x.shape[0], dtype=torch.long)  # time-major, the same everywhere
-        return x + m.e(kinds.flatten()).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1) * x.cos()
+        return x + m.e(kinds.flatten()).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
 
-    refused_raw(typed, (3, 5), "which rows belong to which sample cannot be told", e=nn.Embedding(2, 5))
+    def straight(m: nn.Module, b: Batch) -> Tensor:
+        return m(b["x"]).flatten(1).mean(1).mean()  # so that all gradients are the same, too
+
+    build = lambda: Raw(typed, e=nn.Embedding(2, 5))  # noqa: E731
+    refused(build, reals(3, 5), "which rows belong to which sample cannot be told", straight)
+
+
+def test_rows_of_a_sample_apart_in_another_number() -> None:
+    """Rows (position, sample, frame): with more rows, it cannot be told whether there are more positions or frames."""
+    torch.manual_seed(0)
+
+    def frames(m: Any, x: Tensor) -> Tensor:
+        batch, count, length, _ = x.shape
+        return m.f(x.permute(2, 0, 1, 3).flatten(0, 2)).unflatten(0, (length, batch, count)).permute(1, 2, 0, 3)
+
+    model, batch = Raw(frames, f=nn.Linear(5, 3)), reals(2, 3, 5)()
+    keeping = keeping_of(model, batch)
+    with (
+        pytest.raises(UnsupportedModelError, match="held 6 rows of each sample .* 2 of them together, and now holds"),
+        keeping.recording(4),
+    ):
+        mean_loss(model, reals(4, 3, 5)()).backward()
 
 
 def test_function_that_was_not_observed() -> None:

@@ -1,0 +1,95 @@
+"""More models whose book must equal the oracle's: what families of models in the wild were found to need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.bookkeeping.cases import SMALL, add, ids, linear5, p, raw, reals
+
+# --- several rows of every sample, in every order -------------------------------------------------------------------
+
+
+def encoder() -> nn.Module:
+    """Return a transformer layer, whose output projection sees rows (position, sample, frame)."""
+    return nn.TransformerEncoderLayer(**SMALL)
+
+
+def frames(m: Any, x: Tensor) -> Tensor:
+    """Encode the frames of every sample, each with a class token in front."""
+    flat = x.flatten(0, 1)
+    h = m.e(torch.cat([m.t.expand(len(flat), -1, -1), flat], 1))[:, 0]
+    return h.unflatten(0, x.shape[:2])
+
+
+def frames_time_major(m: Any, x: Tensor) -> Tensor:
+    """Encode the frames of every sample, all first frames first."""
+    return frames(m, x.transpose(0, 1)).transpose(0, 1)
+
+
+def two_views(m: Any, x: Tensor) -> Tensor:
+    """Encode two views of every sample in one batch."""
+    first, second = frames(m, torch.cat([x[:, 0], x[:, 1]])[:, None])[:, 0].chunk(2)
+    return first * second
+
+
+raw("class-token-of-frames", frames, reals(3, 2, 6), t=p(1, 1, 6), e=encoder)
+raw("class-token-of-frames-time-major", frames_time_major, reals(3, 2, 6), t=p(1, 1, 6), e=encoder)
+raw("class-token-of-two-views", two_views, reals(2, 3, 6), t=p(1, 1, 6), e=encoder)
+raw(
+    "segments-of-choices",
+    lambda m, x: m.f(x.flatten(0, 1) + m.e(torch.zeros(x.shape[:3], dtype=torch.long).flatten(0, 1))).unflatten(
+        0, x.shape[:2]
+    ),
+    reals(3, 2, 5),
+    e=lambda: nn.Embedding(2, 5),
+    f=linear5,
+)
+raw(
+    "codes-flattened",
+    lambda m, x: nn.functional.one_hot(x.flatten(), 7).to(m.w.dtype).matmul(m.w).unflatten(0, x.shape),
+    ids(6),
+    w=p(7, 5),
+)
+raw(
+    "rows-between-positions-and-frames",
+    lambda m, x: (m.w @ m.f(x.permute(2, 0, 1, 3).flatten(0, 2)).mT).mT.unflatten(0, (2, -1, 3)).permute(1, 2, 0, 3),
+    reals(3, 2, 5),
+    f=linear5,
+    w=p(3, 4),
+)
+add(
+    "axial-attention",
+    lambda: nn.MultiheadAttention(6, 2, batch_first=True),
+    reals(3, 4, 6),
+    lambda m, b: axial(m, b["x"]).flatten(1).cos().mean(1).mean(),
+)
+
+
+def axial(m: nn.Module, x: Tensor) -> Tensor:
+    """Attend along the rows of a picture, then along its columns."""
+    for _ in range(2):
+        flat = x.flatten(0, 1)
+        x = m(flat, flat, flat, need_weights=False)[0].unflatten(0, x.shape[:2]).transpose(1, 2)
+    return x
+
+
+raw(
+    "types-time-major",
+    lambda m, x: (
+        x
+        + m.e(torch.zeros(x[..., 0].T.shape, dtype=torch.long).flatten()).unflatten(0, (3, -1)).transpose(0, 1)
+        * x.cos()
+    ),
+    reals(3, 5),
+    e=lambda: nn.Embedding(2, 5),
+)
+raw(
+    "token-of-frames-of-which-few-are-used",
+    lambda m, x: m.f(m.t.expand(3 * len(x), -1)[: len(x)] * x[:, 0]) + x.mean(1) @ m.t.T,
+    reals(3, 5),
+    t=p(1, 5),
+    f=lambda: nn.Linear(5, 1),
+)
