@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, inner, put_together
 from lightning_dp.bookkeeping.layout import Key
-from lightning_dp.bookkeeping.refusals import kept_from_before
+from lightning_dp.bookkeeping.refusals import kept_from_before, overwritten
 
 
 @dataclass(eq=False)
@@ -35,11 +35,17 @@ class Derived:
     identity: Key
     source: str | Derived | None = None
     transposed: bool = False
+    version: int = field(init=False)
+    """That of ``value`` when it was made: if it is another, the graph is now that of other values."""
+
+    def __post_init__(self) -> None:
+        self.version = self.value._version
 
 
 def release(t: Tensor) -> None:
     """Make an ordinary tensor of a derived one that the model kept, which must not be differentiated any more."""
     derived: Derived = vars(t).pop("derived")
+    vars(t).pop("version", None)
     t.__class__ = Tensor
 
     def hook(*_: Tensor) -> None:  # the graph ends in copies of the parameters, so the gradient would be lost
@@ -85,6 +91,8 @@ class Book:
         """Run one vmapped backward pass through all derived tensors."""
         gradients: dict[Derived, Tensor] = {}
         for tensor, entry in self.derived:
+            if tensor.value._version != tensor.version:
+                raise overwritten(tensor.identity)
             dense = entry.dense().reshape(self.num_samples, *tensor.value.shape)
             gradients[tensor] = gradients[tensor] + dense if tensor in gradients else dense
         self.derived.clear()

@@ -53,6 +53,8 @@ _IN_PLACE_OPERATORS = {
 
 _LIKE_OTHER = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 
+_CASTS = {Tensor.to, Tensor.type_as}
+
 _CONTAINERS = (list, tuple, dict)
 
 _COMPOSITES = {F.multi_head_attention_forward}
@@ -69,6 +71,8 @@ def intercepting(base: type[Tensor], handler: Handler) -> type[Tensor]:
             return _without_own_override(func)(*args, **(kwargs or {}))
         if func is Tensor.__iter__:  # returns no tensor; its parts are seen as those of unbind
             return iter(args[0].unbind(0))
+        if func in _CASTS and len(args) > 1 and isinstance(args[1], Tensor):  # of which only dtype and device count
+            return args[0].to(args[1].device, args[1].dtype, *args[2:], **(kwargs or {}))
         return handler(func, args, kwargs or {})
 
     namespace = {"__torch_function__": classmethod(__torch_function__), "__module__": __name__, "is_swapped": True}

@@ -76,6 +76,14 @@ def written_in_place(key: Key) -> UnsupportedModelError:
     )
 
 
+def overwritten(key: Key) -> UnsupportedModelError:
+    """Return the error for a function of parameters that was used, then written into through a view or a copy of it."""
+    return UnsupportedModelError(
+        f"'{key[0]}' of {describe(key)} shares memory with a tensor that was written in place and is used besides: its "
+        "gradient before and after cannot be told apart. Use functions that return a new tensor."
+    )
+
+
 def kept_from_before(key: Key) -> UnsupportedModelError:
     """Return the error for a function of parameters that was computed in an earlier pass."""
     return UnsupportedModelError(

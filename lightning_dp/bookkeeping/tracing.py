@@ -153,6 +153,7 @@ class Tracer:
                 args, drops = without_dropout(args)
             entered = {self._names[id(leaf)] for leaf in leaves if id(leaf) in self._names}
             self.registered |= entered if is_registered(func) else set()
+            marks = [self._mark(leaf) for leaf in leaves]  # before a constant that is written into becomes another
             before = RandomState.now()
             result = func(*args, **kwargs)
             outputs = (args[0],) if name == "__setitem__" else float_outputs(result)
@@ -162,7 +163,9 @@ class Tracer:
             if constant or not outputs or reads_metadata(name, self._is_followed(leaves[0])):
                 return result
             random = drops or RandomState.now().differs_from(before)
-            mark = self._note(name, leaves, outputs, random, packing)
+            mark = self._note(name, leaves, marks, outputs, random, packing)
+            if is_in_place(name):
+                self._follow_written(outputs[0], mark)
             if is_in_place(name) or kwargs.get("out") is not None:
                 return result  # the very tensor that was written, which the model may keep
             return with_float_outputs(result, [self._follow(t, mark) for t in outputs])
@@ -187,8 +190,22 @@ class Tracer:
         t.mark = mark  # type: ignore[attr-defined]
         return t
 
+    def _follow_written(self, t: Tensor, mark: Mark) -> None:
+        """Follow the very tensor that was written, unless autograd knew it before as something else."""
+        if type(t) is Tensor:
+            t.__class__ = self._class
+            self._followed.append(weakref.ref(t))
+        if type(t) is self._class:
+            t.mark = mark  # type: ignore[attr-defined]
+
     def _note(
-        self, name: str, leaves: list[Any], outputs: tuple[Tensor, ...], random: bool, packing: Packing | None
+        self,
+        name: str,
+        leaves: list[Any],
+        marks: list[Mark],
+        outputs: tuple[Tensor, ...],
+        random: bool,
+        packing: Packing | None,
     ) -> Mark:
         """Note an event; return the mark of its outputs."""
         shapes = tuple(tuple(t.shape) for t in outputs)
@@ -199,7 +216,6 @@ class Tracer:
             return None
         if at >= len(self._before) or self._before[at].name != name:
             raise DifferentControlFlow
-        marks = [self._mark(leaf) for leaf in leaves]
         on_activations = any(isinstance(m, Activation) for m in marks)
         layout = conclude(self._before[at], event, on_activations)
         layout = replace(layout, random=random, where=calling_line())

@@ -93,3 +93,60 @@ raw(
     t=p(1, 5),
     f=lambda: nn.Linear(5, 1),
 )
+
+# --- parameters written in place ------------------------------------------------------------------------------------
+
+
+def triangle(m: Any, x: Tensor) -> Tensor:
+    """Multiply by a Cholesky factor whose entries are one vector of parameters."""
+    factor = torch.zeros(4, 4, dtype=x.dtype)
+    rows, columns = torch.tril_indices(4, 4)
+    factor[rows, columns] = m.w
+    return x @ factor.tril() @ factor.mT
+
+
+def written_twice(m: Any, x: Tensor) -> Tensor:
+    """Write two parameters into one constant, and use it in between."""
+    table = x.new_zeros(2, 4)
+    table[0] = m.w
+    first = x @ table.clone().T
+    table[1] = m.w * m.v
+    return first + x @ table.T
+
+
+def scaled_in_place(m: Any, x: Tensor) -> Tensor:
+    """Divide a function of parameters in place, as a whole, by a number and by another parameter."""
+    w = m.w.t().contiguous()
+    w /= 3.0
+    w.mul_(m.v.exp()).add_(1)
+    return x @ w
+
+
+raw("cholesky-factor", triangle, reals(3, 4), w=p(10))
+raw("table-written-twice", written_twice, reals(4), w=p(4), v=p(4))
+raw("derived-scaled-in-place", scaled_in_place, reals(4), w=p(3, 4), v=p(3))
+raw(
+    "positions-scaled-in-place",
+    lambda m, x: (
+        x @ m.f(m.e(torch.arange(3))[None]).unflatten(2, (2, -1)).transpose(1, 2).div_(2.0).flatten(1, 2)[0].mT
+    ),
+    reals(3, 2),
+    e=lambda: nn.Embedding(3, 5),
+    f=lambda: nn.Linear(5, 4),
+)
+raw("cast-like-an-activation", lambda m, x: x @ m.w.exp().to(x) + x @ m.w.type_as(x), reals(5), w=p(5, 3))
+raw("copy-of-a-parameter", lambda m, x: x @ torch.empty(5, 3, dtype=x.dtype).copy_(m.w), reals(5), w=p(5, 3))
+raw(
+    "filled-block-by-block",
+    lambda m, x: x @ blocks(m, x),
+    reals(4),
+    w=p(2, 2, 2),
+)
+
+
+def blocks(m: Any, x: Tensor) -> Tensor:
+    """Return a block-diagonal matrix."""
+    matrix = x.new_zeros(4, 4)
+    for k, block in enumerate(m.w):
+        matrix[2 * k : 2 * k + 2, 2 * k : 2 * k + 2] = block
+    return matrix

@@ -236,8 +236,33 @@ def test_gradient_hook_of_a_parameter() -> None:
         BookKeeping({"w": parameter}).observe(lambda samples: None)
 
 
-def test_in_place_on_a_derived_tensor() -> None:
-    refused_raw(lambda m, x: x * m.w.exp().mul_(2), (5,), "'mul_' writes in place", w=rand(5))
+def test_derived_tensor_that_is_used_and_then_overwritten() -> None:
+    def overwritten(m: Any, x: Tensor) -> Tensor:
+        w = m.w.exp()
+        out = x * w[0]
+        w[1] *= 2
+        return out + x * w[1]
+
+    refused_raw(overwritten, (5,), "shares memory with a tensor that was written in place", w=rand(2, 5))
+
+
+def test_view_of_a_constant_that_parameters_are_written_into() -> None:
+    def written(m: Any, x: Tensor) -> Tensor:
+        table = torch.zeros(2, 5, dtype=x.dtype)
+        row = table[0]
+        table[0] = m.w
+        return x * row + x @ table.T @ table
+
+    refused_raw(written, (5,), "'w' received a gradient that is not in the book", w=rand(5))
+
+
+def test_constant_of_which_a_view_is_written_into() -> None:
+    def written(m: Any, x: Tensor) -> Tensor:
+        table = torch.zeros(2, 5, dtype=x.dtype)
+        table[0].copy_(m.w)
+        return x * table[0] * m.w
+
+    refused_raw(written, (5,), "'w' received a gradient that is not in the book", w=rand(5))
 
 
 def test_in_place_on_a_parameter_written_by_the_batch() -> None:
