@@ -204,10 +204,11 @@ def digest(leaf: Any, axis: SampleAxis | None) -> Digest | None:
         leaf = torch.tensor([leaf], dtype=torch.float64)
     if isinstance(leaf, slice):
         leaf = torch.tensor([n for n in (leaf.start, leaf.stop, leaf.step) if isinstance(n, int)], dtype=torch.float64)
-    if not isinstance(leaf, Tensor) or leaf.is_complex():
+    if not isinstance(leaf, Tensor):
         return None
-    tolerance = _TOLERANCE.get(leaf.dtype, 0.0)
-    rows = leaf.detach().as_subclass(Tensor).double()
+    tolerance = _TOLERANCE.get(leaf.dtype.to_real() if leaf.is_complex() else leaf.dtype, 0.0)
+    rows = leaf.detach().as_subclass(Tensor)
+    rows = torch.view_as_real(rows.resolve_conj()).double() if rows.is_complex() else rows.double()
     rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis.dim, 0).reshape(rows.shape[axis.dim], -1)
     weight = torch.linspace(0.5, 1.5, rows.shape[1], dtype=rows.dtype, device=rows.device)
     return Digest((rows @ weight).cpu(), (rows.abs() @ weight).cpu(), tolerance)

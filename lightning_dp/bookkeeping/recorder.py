@@ -185,7 +185,9 @@ class Recorder:
             plain=self._plain,
             random_state=random_state,
         )
-        rule = find_rule(call.func) if layout.kind is Kind.PER_SAMPLE else None
+        # Rules are about real numbers; the generic one is about any.
+        is_complex = any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in call.leaves)
+        rule = find_rule(call.func) if layout.kind is Kind.PER_SAMPLE and not is_complex else None
         recording = rule(operation, *call.args, **call.kwargs) if rule is not None else None
         return recording if recording is not None else generic(operation)
 
@@ -245,7 +247,8 @@ class Recorder:
     def _wrap(self, call: Call, value: Tensor) -> Tensor:
         targets = [target for target in map(self._target_of, call.leaves) if target is not None]
         derived = Derived(value, self._roots_of(call), call.key)
-        if self._target_of(call.leaves[0]) is targets[0] and (is_transposition(call) or is_copy(call)):
+        is_real = not (value.is_complex() or call.leaves[0].is_complex())
+        if is_real and self._target_of(call.leaves[0]) is targets[0] and (is_transposition(call) or is_copy(call)):
             derived.source, derived.transposed = targets[0], is_transposition(call)
         tensor = value.as_subclass(self._derived_class)
         tensor.derived, tensor.version = derived, tensor._version  # type: ignore[attr-defined]

@@ -150,3 +150,49 @@ def blocks(m: Any, x: Tensor) -> Tensor:
     for k, block in enumerate(m.w):
         matrix[2 * k : 2 * k + 2, 2 * k : 2 * k + 2] = block
     return matrix
+
+
+# --- complex numbers ------------------------------------------------------------------------------------------------
+
+
+def fourier_layer(m: Any, x: Tensor) -> Tensor:
+    """Mix the channels of the lowest frequencies, each by a matrix of its own, beside a convolution."""
+    found = torch.fft.rfft(x)
+    mixed = found.new_zeros(len(x), 3, found.shape[-1])
+    mixed[..., :3] = torch.einsum("bim,iom->bom", found[..., :3], torch.view_as_complex(m.w))
+    return torch.fft.irfft(mixed, n=x.shape[-1]) + m.c(x)
+
+
+def filter_layer(m: Any, x: Tensor) -> Tensor:
+    """Multiply the spectrum of a picture by one of parameters."""
+    found = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")
+    return torch.fft.irfft2(found * torch.view_as_complex(m.w), s=x.shape[1:3], dim=(1, 2), norm="ortho")
+
+
+def long_convolution(m: Any, x: Tensor) -> Tensor:
+    """Convolve with the response of a diagonal linear system with complex states."""
+    length = x.shape[-1]
+    poles = torch.complex(-m.a.exp(), m.b)[..., None] * torch.arange(length, dtype=x.dtype)
+    kernel = 2 * (torch.complex(m.c, m.d)[..., None] * poles.exp()).sum(1).real
+    return torch.fft.irfft(torch.fft.rfft(x, n=2 * length) * torch.fft.rfft(kernel, n=2 * length), n=2 * length)
+
+
+def complex_recurrence(m: Any, x: Tensor) -> Tensor:
+    """Run a linear recurrence with complex states."""
+    state, factor = torch.zeros(len(x), 4, dtype=torch.cdouble), torch.polar((-m.a.exp()).exp(), m.b)
+    for t in range(x.shape[1]):
+        state = factor * state + (x[:, t] @ m.w).to(torch.cdouble)
+    return torch.cat([state.real, state.imag, state.abs()], 1)
+
+
+raw("fourier-layer", fourier_layer, reals(2, 8), w=p(2, 3, 3, 2), c=lambda: nn.Conv1d(2, 3, 1))
+raw("filter-in-the-spectrum", filter_layer, reals(4, 5, 2), w=p(4, 3, 2, 2))
+raw("long-convolution", long_convolution, reals(3, 6), a=p(3, 2), b=p(3, 2), c=p(3, 2), d=p(3, 2))
+raw("complex-recurrence", complex_recurrence, reals(3, 5), a=p(4), b=p(4), w=p(5, 4))
+raw(
+    "complex-adjoint",
+    lambda m, x: ((x + 1j * x.sin()) @ torch.view_as_complex(m.w).adjoint() @ m.v.to(torch.cdouble).T).abs(),
+    reals(5),
+    w=p(3, 5, 2),
+    v=p(4, 3),
+)
