@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, inner, put_together
+from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, combined, inner
 from lightning_dp.bookkeeping.layout import Key
 from lightning_dp.bookkeeping.refusals import kept_from_before, overwritten
 
@@ -82,13 +82,13 @@ class Book:
             self.entries.setdefault(target, []).append(entry)
 
     def carry(self) -> None:
-        """Carry the entries of derived tensors back to their parameters, and put those of one parameter together."""
+        """Carry the entries of derived tensors back to their parameters, and combine those of one parameter."""
         if self.derived:
             self._carry_back()
-        self.entries = {name: put_together(entries) for name, entries in self.entries.items()}
+        self.entries = {name: combined(entries) for name, entries in self.entries.items()}
 
     def _carry_back(self) -> None:
-        """Run one vmapped backward pass through all derived tensors."""
+        """Differentiate all derived tensors by one vmapped backward pass."""
         gradients: dict[Derived, Tensor] = {}
         for tensor, entry in self.derived:
             if tensor.value._version != tensor.version:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.bookkeeping.cases import SMALL, add, ids, linear5, p, raw, reals
@@ -49,7 +50,7 @@ raw(
 )
 raw(
     "codes-flattened",
-    lambda m, x: nn.functional.one_hot(x.flatten(), 7).to(m.w.dtype).matmul(m.w).unflatten(0, x.shape),
+    lambda m, x: F.one_hot(x.flatten(), 7).to(m.w.dtype).matmul(m.w).unflatten(0, x.shape),
     ids(6),
     w=p(7, 5),
 )
@@ -195,4 +196,43 @@ raw(
     reals(5),
     w=p(3, 5, 2),
     v=p(4, 3),
+)
+
+# --- look-ups, products and repetitions -----------------------------------------------------------------------------
+for vocab in (7, 3):  # more rows than look-ups, and fewer
+    raw(f"table-{vocab}-of-vectors", lambda m, x: m.w[x].cos(), ids(5, vocab=vocab), w=p(vocab, 4))
+    raw(f"table-{vocab}-of-matrices", lambda m, x: m.w[x, ...].cos(), ids(2, 3, vocab=vocab), w=p(vocab, 4, 2))
+    raw(f"table-{vocab}-of-numbers", lambda m, x: m.w[x] + m.w[-1 - x], ids(5, vocab=vocab), w=p(vocab))
+    raw(f"table-{vocab}-by-pairs", lambda m, x: m.w[x[:, 1:], x[:, :-1]], ids(5, vocab=vocab), w=p(vocab, vocab))
+    raw(f"table-{vocab}-by-a-tuple", lambda m, x: m.w[(x - 1,)].cos(), ids(5, vocab=vocab), w=p(vocab, 4))
+    raw(f"table-{vocab}-time-major", lambda m, x: m.w[x.T.flatten()].unflatten(0, (5, -1)).mT.permute(2, 0, 1),
+        ids(5, vocab=vocab), w=p(vocab, 4))  # fmt: skip
+    raw(
+        f"embedding-{vocab}-and-table-and-head",
+        lambda m, x: torch.cat([F.embedding(x, m.w), m.w[x], F.embedding(x, m.w) @ m.w.T @ m.w], 1),
+        ids(5, vocab=vocab),
+        w=p(vocab, 4),
+    )
+raw("table-by-columns", lambda m, x: m.w[:, x].movedim(0, -1).cos(), ids(5), w=p(4, 7))
+raw("table-by-pairs-that-broadcast", lambda m, x: m.w[x[:, :, None], x[:, None]], ids(3), w=p(7, 7))
+raw("experts-by-index", lambda m, x: (x[:, :, None] @ m.w[(x[..., 0] > 0).long()])[:, :, 0], reals(5, 4), w=p(2, 4, 3))
+raw("product", lambda m, x: torch.mul(x, m.w) * x.cos(), reals(3, 5), w=p(3, 1))
+raw("product-of-more-axes", lambda m, x: (x[:, None] * m.w).flatten(1), reals(5), w=p(2, 5))
+raw("product-of-fewer-axes", lambda m, x: (x * m.w).unflatten(1, (2, -1)), reals(6), w=p(6))
+raw("product-that-widens", lambda m, x: x[..., :1] * m.w, reals(3, 5), w=p(1, 3, 4))
+raw("product-on-an-axis-ahead", lambda m, x: (m.w * x.T[:, None]).permute(2, 0, 1), reals(5), w=p(5, 2, 1))
+raw("product-of-rows", lambda m, x: (x.flatten(0, 1) * m.w).unflatten(0, (-1, 3)).cos(), reals(3, 5), w=p(5))
+raw("product-in-place", lambda m, x: x.clone().mul_(m.w).cos(), reals(3, 5), w=p(5))
+raw("product-autocast", lambda m, x: m.f(x) * m.w, reals(5), w=p(4), f=linear5, dtype=torch.float32, autocast=True)
+raw("repeat-rows", lambda m, x: x.flatten(0, 1) * m.w.repeat(len(x), 1), reals(3, 5), w=p(3, 5))
+raw("repeat-two-axes", lambda m, x: x * m.w.repeat(len(x), 3, 1), reals(3, 5), w=p(1, 1, 5))
+raw("repeat-more-often", lambda m, x: x.flatten(0, 1) * m.w.repeat(3 * len(x), 1), reals(3, 5), w=p(1, 5))
+raw("repeat-new-axis", lambda m, x: x * m.w.repeat(len(x), 1), reals(5), w=p(5))
+raw(
+    "used-ten-times",
+    lambda m, x: [x := x + 0.1 * m.g(m.f(x).tanh()) * m.s for _ in range(10)][-1],
+    reals(2, 5),
+    f=linear5,
+    g=lambda: nn.Linear(4, 5),
+    s=p(5),
 )
