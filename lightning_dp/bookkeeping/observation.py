@@ -62,8 +62,9 @@ _UNKNOWN_ORDER = (
 )
 
 _DEPENDS_ON_BATCH = (
-    "the training step ran other functions for two samples than for three, or for other samples: its control flow "
-    "depends on the batch, so the axes that carry the samples cannot be observed."
+    "the training step ran other functions for two samples than for three, or for other samples ({}): its control flow "
+    "depends on the batch, so the axes that carry the samples cannot be observed. Compute all samples of a batch at "
+    "once, or train without the book, one sample at a time: DPStrategy(clipping_engine='loop')."
 )
 
 
@@ -119,10 +120,10 @@ def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool
         for seed in range(ROUNDS):
             try:
                 found, random = _observe(names, swap, forward, varied, original, seed)
-            except DifferentControlFlow:  # a first pass may fill a cache; what goes on depends on the batch
+            except DifferentControlFlow as event:  # a first pass may fill a cache; what goes on depends on the batch
                 failures += 1
                 if failures == _QUIET_ROUNDS:
-                    raise UnsupportedModelError(_DEPENDS_ON_BATCH) from None
+                    raise UnsupportedModelError(_DEPENDS_ON_BATCH.format(event)) from None
                 continue
             quiet_rounds = 0 if layouts.extend(found) else quiet_rounds + 1
             if not random or quiet_rounds == _QUIET_ROUNDS:
@@ -140,7 +141,7 @@ def _observe(
     three = _trace(names, two.events, swap, forward, "aab", state, seed)
     other = _trace(names, two.events, swap, forward, "bab" if varied else "aab", state, seed)
     if [use.key for use in three.uses] != [use.key for use in other.uses]:
-        raise DifferentControlFlow
+        raise DifferentControlFlow("the same functions used other parameters")
     gradients: list[tuple[Moved | None, ...]] = [()] * len(three.uses)
     vague = [k for k, pair in enumerate(zip(three.uses, other.uses, strict=True)) if refined(*pair)[1]]
     if vague and varied:
@@ -207,7 +208,8 @@ def digest(leaf: Any, axis: SampleAxis | None) -> Digest | None:
     if not isinstance(leaf, Tensor):
         return None
     tolerance = _TOLERANCE.get(leaf.dtype.to_real() if leaf.is_complex() else leaf.dtype, 0.0)
-    rows = leaf.detach().as_subclass(Tensor)
+    rows = leaf.detach() if leaf.layout is torch.strided else leaf.detach().to_dense()
+    rows = rows.as_subclass(Tensor)
     rows = torch.view_as_real(rows.resolve_conj()).double() if rows.is_complex() else rows.double()
     rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis.dim, 0).reshape(rows.shape[axis.dim], -1)
     weight = torch.linspace(0.5, 1.5, rows.shape[1], dtype=rows.dtype, device=rows.device)

@@ -41,6 +41,7 @@ from lightning_dp.bookkeeping.refusals import (
     escaped,
     inner_gradient,
     kept_from_before,
+    naming,
     no_gradient,
     overwritten,
     refusal,
@@ -189,7 +190,8 @@ class Recorder:
         is_complex = any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in call.leaves)
         rule = find_rule(call.func) if layout.kind is Kind.PER_SAMPLE and not is_complex else None
         recording = rule(operation, *call.args, **call.kwargs) if rule is not None else None
-        return recording if recording is not None else generic(operation)
+        record, saved = recording if recording is not None else generic(operation)
+        return naming(call.key, layout, record), saved
 
     def _run_in_place(self, call: Call, layout: Layout | None) -> Any:
         """Run ``x.add_(p)`` as ``x.copy_(x.clone().add_(p))``: the second form has an output that can be tapped."""

@@ -43,15 +43,17 @@ _SUMS = {"add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "ad
 
 _DOES_NOT_SCALE = (
     "its tensors do not scale with the number of samples ({}). Samples must not be compared with, added to or counted "
-    "among each other where a trained parameter is used."
+    "among each other where a trained parameter is used, and rows not be chosen by content, as by an expert's router "
+    "(in transformers: experts_implementation='batched_mm')."
 )
 _REDUCED = (
     "it is applied to something already reduced over the batch, so the part of each sample cannot be told apart. Apply "
     "the parameter to every sample's own value and reduce afterwards."
 )
 _COUNTS = (
-    "one of its arguments holds integers that change with the number of samples, as in a packed sequence, so it is not "
-    "known which rows belong to which sample. Pad the sequences instead of packing them."
+    "one of its arguments holds integers that count samples, as for packed sequences or experts, so it is not "
+    "known which rows belong to which sample. Pad the sequences instead of packing them; give every token the weights "
+    "of its expert instead of sorting tokens by expert (in transformers: experts_implementation='batched_mm')."
 )
 _REDUCED_AND_USED = (
     "'{}' uses, for single samples, a sum of a trained parameter and something already reduced over the batch, so that "
@@ -59,8 +61,8 @@ _REDUCED_AND_USED = (
 )
 
 
-class DifferentControlFlow(Exception):  # noqa: N818 - caught and retried, never shown
-    """Two passes did not run the same functions."""
+class DifferentControlFlow(Exception):  # noqa: N818 - caught and retried
+    """Two passes did not run the same functions; says which was the first."""
 
 
 class Activation:
@@ -181,7 +183,7 @@ class Tracer:
     def check_complete(self) -> None:
         """Raise if the pass ran fewer functions than the one before."""
         if self._before is not None and len(self.events) != len(self._before):
-            raise DifferentControlFlow
+            raise DifferentControlFlow(f"'{self._before[len(self.events)].name}' was left out at the end")
 
     def _follow(self, t: Tensor, mark: Mark) -> Tensor:
         if type(t) is not self._class:
@@ -215,7 +217,7 @@ class Tracer:
         if self._before is None:
             return None
         if at >= len(self._before) or self._before[at].name != name:
-            raise DifferentControlFlow
+            raise DifferentControlFlow(f"'{name}' was the first that differed, in {calling_line()}")
         on_activations = any(isinstance(m, Activation) for m in marks)
         layout = conclude(self._before[at], event, on_activations)
         layout = replace(layout, random=random, where=calling_line())

@@ -236,3 +236,4 @@ raw(
     g=lambda: nn.Linear(4, 5),
     s=p(5),
 )
+raw("sparse-activations", lambda m, x: torch.sparse.mm(x.relu().to_sparse(), m.w), reals(5), w=p(5, 3))

@@ -38,6 +38,7 @@ def generic(operation: Operation) -> Recording:
     axes = [layout.leaves[k] if layout.leaves else None for k in replay.tensors_at]
     sliceable = layout.sliceable and layout.kind is Kind.PER_SAMPLE and None not in layout.outputs
     sliceable = sliceable and not layout.random and not any(map(_is_index, replay.saved, axes))
+    sliceable = sliceable and all(t.layout is torch.strided for t in replay.saved)
     shared = layout.kind is Kind.SHARED
 
     def record(*tensors: Tensor) -> None:
