@@ -67,10 +67,10 @@ def opaque(name: str, operation: str) -> UnsupportedModelError:
 
 
 _UNSEEN = (
-    "that torch does not let us see, such as a torch.autograd.Function, a ScriptModule, a compiled module, torch.vmap, a "
-    "function of nested (jagged) tensors or an extension in C++ or CUDA; or a view of a tensor that it was written into. "
-    "Freeze it (requires_grad_(False)), write the operation in torch functions, let it "
-    "be seen by lightning_dp.register_rule, or train it without the book, one sample at a time: "
+    "that torch does not let us see, such as a torch.autograd.Function, a ScriptModule, a compiled module, torch.vmap, "
+    "a function of nested (jagged) tensors or an extension in C++ or CUDA; or a view of a tensor that it was written "
+    "into. Freeze it (requires_grad_(False)), write the operation in torch functions, let it be seen by "
+    "lightning_dp.register_rule, or train it without the book, one sample at a time: "
     "DPStrategy(clipping_engine='loop')."
 )
 
