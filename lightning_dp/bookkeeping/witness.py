@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
-from lightning_dp.bookkeeping.layout import Layout
+from lightning_dp.bookkeeping.layout import Kind, Layout
 from lightning_dp.bookkeeping.operators import OperatorMode
 from lightning_dp.bookkeeping.packing import in_recurrent_utilities
 
@@ -27,20 +28,23 @@ _PACKED_ROWS = (
     "pad_packed_sequence."
 )
 _REORDERED = (
-    "the training step (or the collate_fn) puts the samples of the batch in another order, so it is not known which "
-    "packed sequence belongs to which sample. Leave the sorting to pack_padded_sequence(..., enforce_sorted=False)."
+    "the training step puts what it computed for the samples in another order, x[order], so it is not known which row "
+    "belongs to which sample here. Keep the order of the batch; for packed sequences, leave the sorting to "
+    "pack_padded_sequence(..., enforce_sorted=False)."
 )
 
-
 _RAGGED = {"nonzero", "masked_select", "repeat_interleave", "_unique2", "unique_dim", "unique_consecutive"}
+
+_TAKING = {"index_select", "gather", "index_copy", "index_copy_", "index_add", "index_add_", "scatter", "scatter_"}
+"""Operators whose second argument is an axis and whose third holds places along it."""
 
 
 class Witness(OperatorMode):
     """Sees every operator of a pass, whether a parameter enters it or not.
 
     It collects the sizes of tensors whose shape depends on contents (``x[mask]``, ``nonzero``, ``unique``; the data of
-    packed sequences), notes whether samples are put in another order, and seeds every random operator by its number, so
-    that layers dropped at random are the same ones for two and three samples.
+    packed sequences), notes whether activations of the samples are reordered, and seeds every random operator by its
+    number, so that layers dropped at random are the same ones for two and three samples.
     """
 
     def __init__(self, seed: int, num_samples: int) -> None:
@@ -68,24 +72,27 @@ class Witness(OperatorMode):
 
 
 def _is_order_of(num_samples: int, name: str, args: Any) -> bool:
-    """Whether an operator takes as many rows as there are samples, in some order, along an axis of that size."""
-    if name == "index":
+    """Whether an operator takes as many rows as there are samples, in some order, along an axis of that size.
+
+    Only of what has a gradient: a batch that is reordered as a whole before is one in another order, and nothing else.
+    """
+    if name in ("index", "index_put", "index_put_"):
         places = [(k, index) for k, index in enumerate(args[1]) if index is not None]
-        dim, index = places[0]
-        alone = len(places) == 1 and index.dtype is torch.int64
-        chosen = index.numel() if alone else 0  # x[arange(B), last] takes something of every sample
-    elif name in ("index_select", "gather"):
-        dim, index = args[1], args[2]
-        chosen = index.shape[dim if name == "gather" else 0] if index.dim() else 0
+        if len(places) != 1 or places[0][1].dtype is not torch.int64:
+            return False  # x[arange(B), last] takes something of every sample; x[mask] is ragged
+        dim, size = places[0][0], places[0][1].numel()
+    elif name in _TAKING and isinstance(args[2], Tensor) and args[2].dim():
+        dim, size = args[1], args[2].shape[args[1] if args[2].dim() > 1 else 0]
     else:
         return False
-    return chosen == num_samples and args[0].dim() > 0 and args[0].shape[dim] == num_samples
+    has_gradient = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+    return has_gradient and size == num_samples and args[0].dim() > 0 and args[0].shape[dim] == num_samples
 
 
 def routing(layout: Layout, two: Witness, three: Witness) -> str:
     """Return why rows of different numbers for different samples may enter a function, ``""`` if they do not."""
-    if layout.packed:
-        return _REORDERED if two.reorders_samples and three.reorders_samples else ""
+    if layout.kind is Kind.PER_SAMPLE and two.reorders_samples and three.reorders_samples:
+        return _REORDERED
     axes = [axis for axis in (*layout.leaves, *layout.outputs) if axis is not None and axis.rows > 1]
     if any(2 * axis.rows in two.ragged and 3 * axis.rows in three.ragged for axis in axes):
         return _ROUTED

@@ -173,6 +173,44 @@ def test_routing_by_content_with_equal_counts_when_observed() -> None:
     refused(lambda: Raw(routed, w=rand(5, 4)), batch, "chosen by their content")
 
 
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda h, order: h[order],
+        lambda h, order: h[order.tolist()],
+        lambda h, order: h.index_select(0, order),
+        lambda h, order: h.gather(0, order[:, None].expand_as(h)),
+        lambda h, order: torch.zeros_like(h).index_put((order,), h),
+        lambda h, order: torch.zeros_like(h).index_copy(0, order, h),
+        lambda h, order: torch.zeros_like(h).scatter(0, order[:, None].expand_as(h), h),
+    ],
+)
+def test_another_order_between_layers(take: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The two observed samples are equally long, so they stay in their order; later ones are sorted."""
+
+    def loss(m: Any, b: Batch) -> Tensor:
+        order = b["length"].argsort(descending=True, stable=True)
+        return m.g(take(m.f(b["x"]), order)).cos().mean(1).square()[order.argsort()].mean()
+
+    def batch() -> Batch:
+        return {"x": torch.randn(4, 5), "length": torch.tensor([3, 3, 1, 6])}
+
+    refused(lambda: Raw(lambda m, x: x, f=nn.Linear(5, 4), g=nn.Linear(4, 3)), batch, "in another order", loss)
+
+
+def test_another_order_of_what_is_only_looked_at() -> None:
+    def loss(m: Any, b: Batch) -> Tensor:
+        out = m.f(b["x"]).square().mean(1)
+        ranked = out.detach()[b["length"].argsort(descending=True)]
+        assert ranked.shape == out.shape
+        return out.mean()
+
+    def batch() -> Batch:
+        return {"x": torch.randn(4, 5), "length": torch.tensor([3, 3, 1, 6])}
+
+    check(Case("ranked", lambda: Raw(lambda m, x: x, f=nn.Linear(5, 4)), batch, loss))
+
+
 def test_order_of_rows_that_cannot_be_told() -> None:
     def typed(m: Any, x: Tensor) -> Tensor:
         kinds = torch.zeros(x.shape[1], x.shape[0], dtype=torch.long)  # time-major, the same everywhere
