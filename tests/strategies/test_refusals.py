@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -160,6 +161,18 @@ def test_trainer_settings_that_need_a_gpu(settings, match):
     fit = SimpleNamespace(**{"world_size": 1, "accumulate_grad_batches": 1, "precision": "32-true", **settings})
     with pytest.raises(CONFIGURATION, match=match):
         check_trainer(fit)
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [("lr_find", "LearningRateFinder trains on private data"), ("scale_batch_size", "not supported")],
+)
+def test_tuners(method, match):
+    module, dp = Regression(), ldp.DPStrategy(noise_multiplier=1.0)
+    module.batch_size, module.train_dataloader = 5, loader
+    with pytest.raises(ValueError, match=match):
+        getattr(Tuner(trainer(dp)), method)(module)
+    assert dp.num_releases == 0
 
 
 def test_lbfgs():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_dp as ldp
-from tests.models import clipped_mean
+from tests.models import clipped_mean, loader
 from tests.strategies.reference import (
     Regression,
     assert_equal,
@@ -202,3 +202,77 @@ def test_what_is_logged_is_the_mean_over_all_physical_batches():
     expected = F.mse_loss(module.net(data.dataset.tensors[0]), data.dataset.tensors[1]).detach()
     assert float(fit.callback_metrics["loss"]) == pytest.approx(float(expected), rel=1e-6)
     assert float(fit.callback_metrics["rows"]) == 12
+
+
+def test_hooks_on_the_users_modules_run():
+    def build():
+        net = network()
+        net[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+        net[2].register_forward_hook(lambda module, args, out: out * 1.5)
+        net[3].register_full_backward_hook(lambda module, inwards, outwards: tuple(2 * g for g in inwards))
+        return Regression(net)
+
+    assert_fit_is_right(build())
+    module, plain = build(), Regression(network())
+    private_fit(module, whole())
+    private_fit(plain, whole())
+    assert not torch.allclose(module.net[0].weight, plain.net[0].weight)
+
+
+class FunctionalCall(Regression):
+    def training_step(self, batch, batch_idx):
+        out = torch.func.functional_call(self.net, dict(self.net.named_parameters()), batch[0])
+        return F.mse_loss(out, batch[1])
+
+
+class OffloadsToCpu(Regression):
+    def training_step(self, batch, batch_idx):
+        with torch.autograd.graph.save_on_cpu():
+            return super().training_step(batch, batch_idx)
+
+
+class RetainsTheGraph(Regression):
+    def backward(self, loss):
+        loss.backward(retain_graph=True)
+
+
+class KeepsOldGradients(Regression):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        pass
+
+
+@pytest.mark.parametrize("kind", [FunctionalCall, OffloadsToCpu, RetainsTheGraph, KeepsOldGradients])
+def test_overrides_that_change_nothing(kind):
+    module = kind(network())
+    expected = by_hand(Regression(network()), whole())
+    private_fit(module, whole())
+    assert_equal(module, expected)
+
+
+def test_a_scaled_backward_pass_is_bounded_as_it_is_scaled():
+    class Scaled(Regression):
+        def backward(self, loss):
+            (3 * loss).backward()
+
+    class ScaledLoss(Regression):
+        def training_step(self, batch, batch_idx):
+            return 3 * super().training_step(batch, batch_idx)
+
+    module = Scaled(network())
+    expected = by_hand(ScaledLoss(network()), whole())
+    private_fit(module, whole())
+    assert_equal(module, expected)
+
+
+class OwnAutocast(Regression):
+    def training_step(self, batch, batch_idx):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().training_step(batch, batch_idx)
+
+
+def test_autocast_of_the_training_step_itself():
+    module, data = OwnAutocast(network(torch.float32), lr=0.1), loader(n=12, batch_size=12)
+    exact = by_hand(Regression(network(torch.float32), lr=0.1), data)
+    private_fit(module, data)
+    assert_equal(module, exact, 1e-2)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
