@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loops.optimization.automatic import Closure
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -113,7 +115,9 @@ def test_a_dict_with_more_than_the_loss():
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("physical", [5, 12])
-def test_a_step_without_a_loss_releases_no_gradient(physical):
+def test_a_step_without_a_loss_releases_no_gradient(physical, monkeypatch):
+    monkeypatch.setattr(Closure, "warning_cache", WarningCache())  # it warns once in a process, which others test
+
     class Sometimes(Regression):
         def training_step(self, batch, batch_idx):
             return None if self.global_step == 1 else super().training_step(batch, batch_idx)
