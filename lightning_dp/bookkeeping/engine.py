@@ -39,6 +39,9 @@ class BookKeeping(Keeping):
         >>> norm_sq = keeping.close().norm_sq()  # doctest: +SKIP
     """
 
+    recorder_class: type[Recorder] = Recorder
+    """What records a pass."""
+
     def __init__(self, trained: Mapping[str, nn.Parameter], others: Mapping[str, nn.Parameter] | None = None) -> None:
         super().__init__(trained, others)
         self._swapped = [*trained.items(), *(others or {}).items()]
@@ -62,7 +65,7 @@ class BookKeeping(Keeping):
         """Record what runs inside: the forward pass of ``num_samples`` samples, or its backward pass without it."""
         if num_samples is not None:
             self.abandon()
-            self._recorder = Recorder(self._names, self._layouts, num_samples, self._is_recording)
+            self._recorder = self.recorder_class(self._names, self._layouts, num_samples, self._is_recording)
         if self._recorder is None:
             raise RuntimeError("recording() without a number of samples continues a pass, and none was begun")
         with self._swap(self._recorder.dispatch):

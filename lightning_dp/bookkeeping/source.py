@@ -40,6 +40,12 @@ def check_opaque(loss: Any, names: Mapping[int, str]) -> None:
     Raises:
         UnsupportedModelError: Naming the parameter, the function and where it is defined.
     """
+    for _, error in opaque_uses(loss, names):
+        raise error
+
+
+def opaque_uses(loss: Any, names: Mapping[int, str]) -> Iterator[tuple[str, UnsupportedModelError]]:
+    """Yield each trained parameter that enters a custom ``torch.autograd.Function``, with the error; see above."""
     if not isinstance(loss, Tensor) or loss.grad_fn is None:
         return
     for node in _nodes(loss.grad_fn):
@@ -47,7 +53,7 @@ def check_opaque(loss: Any, names: Mapping[int, str]) -> None:
             for entered, _ in node.next_functions:
                 name = names.get(id(getattr(entered, "variable", None)))
                 if name is not None:
-                    raise _opaque(name, node)
+                    yield name, _opaque(name, node)
 
 
 def _nodes(root: Any) -> Iterator[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import Dense, accurate
+from lightning_dp.bookkeeping.entries import SUMMED, Dense, accurate
 from lightning_dp.bookkeeping.operation import Operation, Recording
 
 
@@ -39,7 +39,7 @@ def _summed(operation: Operation, terms: list[tuple[Any, float]]) -> Recording |
         g = split(accurate(g))
         for file, shape, factor in filed:
             if file is not None:
-                file(Dense(sum_to(g, shape) * factor))
+                file(Dense(sum_to(g, shape) * factor, SUMMED))
 
     return record, []
 
