@@ -9,7 +9,9 @@ what they always count. Reading order of one step: `training_step`, `backward`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from lightning_dp.strategies import checks
 from lightning_dp.strategies.observing import Observer
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.settings import PrivacySettings
+
+Rehearsal = Callable[[PrivateRun, Callable[[Any], Any], Callable[..., Any]], None]
+"""``rehearsal(run, moved, step)``: ``step(moved(batch), batch_idx)`` runs the training step on a batch."""
 
 
 class DPStrategy(DDPStrategy):
@@ -99,6 +104,7 @@ class DPStrategy(DDPStrategy):
         self._keeping: Keeping | None = None
         self._step: PrivateStep | None = None
         self._num_real = 0
+        self._rehearsal: Rehearsal | None = None
 
     # ---- what a user may ask -----------------------------------------------------------------------------------
 
@@ -183,6 +189,17 @@ class DPStrategy(DDPStrategy):
                 "expected one DataLoader. Training on several datasets at once is not accounted for."
             )
         self._keeping = self._step = None
+        if self._rehearsal is not None:
+            self._rehearsal(self._run, self._moved, partial(Strategy.training_step, self))
+
+    @contextmanager
+    def rehearsing(self, rehearsal: Rehearsal) -> Iterator[None]:
+        """Have ``rehearsal`` called by a fit that is ready for its first step; it may end the fit by an exception."""
+        self._rehearsal = rehearsal
+        try:
+            yield
+        finally:
+            self._rehearsal = None
 
     # ---- one logical batch -------------------------------------------------------------------------------------
 

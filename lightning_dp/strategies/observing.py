@@ -58,6 +58,11 @@ class Observer:
                     "optimizer change parameters while training; an average of weights belongs in on_train_batch_end."
                 )
 
+    @property
+    def num_samples(self) -> int:
+        """How many samples were chosen to be looked at; 0 before."""
+        return len(self._index)
+
     def _parameter_values(self) -> dict[str, tuple[float, float]]:
         """Return what tells whether a parameter was written to, for every parameter."""
         values = {}
