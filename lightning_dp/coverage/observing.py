@@ -6,10 +6,11 @@ batch comes about, or what is shown.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_dp.bookkeeping import Book, LoopKeeping
 from lightning_dp.bookkeeping.noting import NotingBook, NotingKeeping, Refusal, Use
+from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.bookkeeping.source import opaque_uses
 from lightning_dp.coverage.report import Coverage, Covered
 from lightning_dp.coverage.timing import seconds_of
@@ -25,8 +27,8 @@ from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.strategies.checks import check_loss
 from lightning_dp.strategies.observing import Observer, undisturbed
 
-_NUM_PASSES = 3
-"""Of that many measured times the smallest is taken."""
+_NUM_PASSES, _MAX_PASSES = 3, 20
+"""How many passes are made, so that the smallest time counts; and at most, where layers may be dropped at random."""
 
 LOOP = "loop: one backward pass per sample"
 
@@ -97,15 +99,14 @@ def observe_coverage(trial: Trial) -> tuple[Coverage, str]:
     refused = tuple(Refusal((name,), "", "", str(error)) for name, error in opaque.items())
     trained = {name: p for name, p in trial.trained.items() if name not in opaque}
     keeping = NotingKeeping(trained, {**trial.others, **{name: trial.trained[name] for name in opaque}})
+    passes, problem = _Passes(trial, keeping, trained), ""
     try:
         trial.observer.observe(keeping, trained, check=False)
-        passes = _Passes(trial, keeping)
-        while passes.wants_more:
-            passes.run()
+        passes.run()
     except UnsupportedModelError as error:
         keeping.abandon()
-        return Coverage(refused=refused), str(error)
-    return passes.coverage(refused), ""
+        problem = str(error)
+    return passes.coverage(refused, complete=not problem), problem
 
 
 def loop_coverage(trial: Trial) -> Coverage:
@@ -122,56 +123,65 @@ def loop_coverage(trial: Trial) -> Coverage:
     return Coverage(covered, unused, bytes_per_sample=sum(held.values()))
 
 
-@dataclass
 class _Passes:
-    """Noted passes over one batch: times from all of them, the rest from the last one."""
+    """Noted passes over one batch, until every parameter was seen that is going to be."""
 
-    trial: Trial
-    keeping: NotingKeeping
-    books: list[NotingBook] = field(default_factory=list)
-    seconds: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def wants_more(self) -> bool:
-        return len(self.seconds) < _NUM_PASSES and not (self.books and self.books[-1].refusals)
+    def __init__(self, trial: Trial, keeping: NotingKeeping, trained: Mapping[str, nn.Parameter]) -> None:
+        self._trial, self._keeping, self._trained = trial, keeping, trained
+        self._rows: dict[str, Covered] = {}
+        self._refusals: list[Refusal] = []
+        self._count, self._bytes_per_sample, self._draws = 0, 0.0, False
 
     def run(self) -> None:
-        """Run forward, backward, norms and clipped sums once."""
-        self.books.clear()  # one at a time in memory
-        with self.trial.without_trace():
-            with self.keeping.recording(self.trial.num_samples):
-                loss = self.trial.loss()
-            with self.keeping.recording():
-                loss.backward()
-            book = self.keeping.close()
-            self.books.append(book)
-            self.seconds.append({name: _seconds(book, name) for name in book.entries})
+        """Run as many passes as are wanted, each with random numbers of its own."""
+        with self._trial.without_trace():
+            while self._wants_more():
+                before = RandomState.of_all()
+                with self._keeping.recording(self._trial.num_samples):
+                    loss = self._trial.loss()
+                with self._keeping.recording():
+                    loss.backward()
+                self._take(self._keeping.close())
+                self._draws = RandomState.of_all().differs_from(before)
 
-    def coverage(self, refused: tuple[Refusal, ...]) -> Coverage:
-        """Return what was seen."""
-        (book,), trial = self.books, self.trial
-        refused = (*refused, *book.refusals)
-        uses = {name: [use for use in book.uses if use.parameter == name] for name in trial.trained}
-        apart = {t.untyped_storage().data_ptr() for t in (*trial.module.parameters(), *trial.module.buffers())}
-        refused_names = {name for refusal in refused for name in refusal.parameters}
+    def coverage(self, refused: Iterable[Refusal], complete: bool) -> Coverage:
+        """Return what was seen; only after complete passes it is known what is unused."""
+        told = (*refused, *self._refusals)
+        names = {name for refusal in told for name in refusal.parameters}
+        seen = [self._rows[name] for name in self._trained if name in self._rows]
+        rows = [replace(row, methods=(*row.methods, "refused")) if row.name in names else row for row in seen]
+        unused = [name for name in self._trained if name not in self._rows and name not in names]
+        return Coverage(tuple(rows), tuple(unused) if complete else (), told, self._bytes_per_sample)
 
-        def per_sample(some: Iterable[Use]) -> float:
-            return _bytes((t for use in some for t in _tensors(use)), apart) / book.num_samples
+    def _wants_more(self) -> bool:
+        if self._refusals:
+            return False
+        layers_dropped = self._draws and not self._rows.keys() >= self._trained.keys()
+        return self._count < (_MAX_PASSES if layers_dropped else _NUM_PASSES)
 
-        covered = tuple(
-            Covered(
-                name,
-                tuple(p.shape),
-                _functions(uses[name]),
-                (*_methods(book, name, uses[name]), *(("refused",) if name in refused_names else ())),
-                per_sample(uses[name]),
-                min(seconds.get(name, 0.0) for seconds in self.seconds),
+    def _take(self, book: NotingBook) -> None:
+        """Take what a book says of its parameters; the smallest of several times counts."""
+        seconds = {name: _seconds(book, name) for name in book.entries}
+        own = (*self._trial.module.parameters(), *self._trial.module.buffers())
+        apart = {t.untyped_storage().data_ptr() for t in own}
+        for name in book.entries:
+            uses = [use for use in book.uses if use.parameter == name]
+            self._rows[name] = Covered(
+                name=name,
+                shape=tuple(self._trained[name].shape),
+                functions=_functions(uses),
+                methods=_methods(book, name, uses),
+                bytes_per_sample=_bytes(_tensors(uses), apart) / book.num_samples,
+                seconds=min(seconds[name], self._seconds_before(name)),
             )
-            for name, p in trial.trained.items()
-            if name in book.entries
-        )
-        unused = tuple(name for name in trial.trained if name not in book.entries and name not in refused_names)
-        return Coverage(covered, unused, refused, per_sample(book.uses))
+        held = _bytes(_tensors(book.uses), apart) / book.num_samples
+        self._bytes_per_sample = max(self._bytes_per_sample, held)
+        self._refusals += book.refusals
+        self._count += 1
+
+    def _seconds_before(self, name: str) -> float:
+        before = self._rows[name].seconds if name in self._rows else None
+        return math.inf if before is None else before
 
 
 @torch.no_grad()
@@ -189,10 +199,13 @@ def _norms_and_sums(book: Book, weight: Tensor) -> None:
 
 
 def _functions(uses: Iterable[Use]) -> tuple[str, ...]:
-    counts = Counter(
-        use.function + (f" (derived: {' of '.join(use.derivation)})" if use.derivation else "") for use in uses
-    )
+    counts = Counter(use.function + _derivation(use) for use in uses)
     return tuple(f"{function} ×{count}" if count > 1 else function for function, count in counts.items())
+
+
+def _derivation(use: Use) -> str:
+    """Return `` (derived: to(embedding))`` for a parameter that entered through functions of parameters alone."""
+    return f" (derived: {'('.join(use.derivation)}{')' * (len(use.derivation) - 1)})" if use.derivation else ""
 
 
 def _methods(book: NotingBook, name: str, uses: Iterable[Use]) -> tuple[str, ...]:
@@ -200,10 +213,11 @@ def _methods(book: NotingBook, name: str, uses: Iterable[Use]) -> tuple[str, ...
     return (*dict.fromkeys(use.method for use in uses), *several)
 
 
-def _tensors(use: Use) -> Iterator[Tensor]:
-    yield from use.saved
-    for entry in use.entries:
-        yield from entry.held
+def _tensors(uses: Iterable[Use]) -> Iterator[Tensor]:
+    for use in uses:
+        yield from use.saved
+        for entry in use.entries:
+            yield from entry.held
 
 
 def _held(book: Book, name: str) -> Iterator[Tensor]:

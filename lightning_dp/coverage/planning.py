@@ -32,6 +32,11 @@ from lightning_dp.strategies.run import PrivateRun
 
 _SAMPLES_OF_THE_LOOP = 8
 
+_NO_STEP = (
+    "the fit would end before its first step: max_steps, max_epochs or limit_train_batches is zero or reached already, "
+    "or there is no training_step."
+)
+
 
 def plan(trainer: pl.Trainer, model: pl.LightningModule, *args: Any, show: bool = True, **kwargs: Any) -> Plan:
     """Show and return what ``trainer.fit`` with the same arguments would do to every parameter, without training.
@@ -77,7 +82,7 @@ def plan(trainer: pl.Trainer, model: pl.LightningModule, *args: Any, show: bool 
             found.errors.append(str(error))
     if not rehearsed:
         _count(found, model, [])
-        found.errors = found.errors or ["the fit would end before its first step: see max_steps and max_epochs."]
+        found.errors = found.errors or [_NO_STEP]
     if show:
         print_plan(found)
     return found

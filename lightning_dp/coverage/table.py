@@ -5,6 +5,7 @@ Owns: which facts are shown, and how. Does not own: the facts.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -18,7 +19,7 @@ from lightning_dp.bookkeeping.noting import Refusal
 from lightning_dp.coverage.names import collapsed
 from lightning_dp.coverage.report import Coverage, Covered, Plan
 
-_WIDTH = 100
+_WIDTH, _NAME_WIDTH = 100, 32
 
 
 def print_plan(plan: Plan) -> None:
@@ -72,36 +73,40 @@ def _steps(plan: Plan) -> str:
 
 
 def _table(coverage: Coverage) -> Table:
-    table = Table(title="Per-sample gradients", title_justify="left", box=box.SIMPLE_HEAD)
-    for column, side in _COLUMNS.items():
-        table.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
+    groups = collapsed(coverage.covered, lambda row: row.name, _looks)
+    prefix = _prefix([name for name, _ in groups])
+    title = "Per-sample gradients" + (f" of {prefix}*" if prefix else "")
+    names = [name.removeprefix(prefix) + (f" ×{len(rows)}" if len(rows) > 1 else "") for name, rows in groups]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("parameter", overflow="fold", min_width=min(_NAME_WIDTH, max(map(len, names))))
+    for column, width in _COLUMNS.items():
+        table.add_column(column, overflow="fold", max_width=width)
+    for column in ("bytes", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
     total = sum(row.seconds or 0.0 for row in coverage.covered)
-    for name, rows in collapsed(coverage.covered, lambda row: row.name, _looks):
-        first, seconds = rows[0], [row.seconds for row in rows if row.seconds is not None]
-        table.add_row(
-            *map(
-                Text,
-                (
-                    name + (f" ×{len(rows)}" if len(rows) > 1 else ""),
-                    "×".join(map(str, first.shape)) or "scalar",
-                    ", ".join(first.functions) or "any",
-                    " + ".join(first.methods),
-                    _bytes(sum(row.bytes_per_sample for row in rows)),
-                    f"{sum(seconds) / total:.0%}" if total else "-",
-                ),
-            )
-        )
+    for name, (_, rows) in zip(names, groups, strict=True):
+        table.add_row(*map(Text, (name, *_cells(rows, total))))
     return table
 
 
-_COLUMNS = {
-    "parameter": "left",
-    "shape": "left",
-    "function": "left",
-    "norm of a sample": "left",
-    "bytes/sample": "right",
-    "time": "right",
-}
+def _cells(rows: Sequence[Covered], total: float) -> Iterator[str]:
+    """Yield what stands beside the name of parameters that look alike."""
+    yield "×".join(map(str, rows[0].shape)) or "scalar"
+    yield ", ".join(rows[0].functions) or "any"
+    yield " + ".join(rows[0].methods)
+    yield _bytes(sum(row.bytes_per_sample for row in rows))
+    yield f"{sum(row.seconds or 0.0 for row in rows) / total:.0%}" if total else "-"
+
+
+def _prefix(names: Sequence[str]) -> str:
+    """Return the dotted beginning that all names share, if some name is too long with it."""
+    if max(map(len, names)) < _NAME_WIDTH:
+        return ""
+    return ".".join([*os.path.commonprefix([name.split(".")[:-1] for name in names]), ""])
+
+
+_COLUMNS = {"shape": 12, "function": 15, "norm of a sample": 18}
+"""The columns that wrap, and how wide they may be."""
 
 
 def _looks(row: Covered) -> tuple[object, ...]:
@@ -111,8 +116,8 @@ def _looks(row: Covered) -> tuple[object, ...]:
 def _sentences(plan: Plan) -> Iterator[str]:
     if plan.coverage is not None and any(row.seconds is not None for row in plan.coverage.covered):
         yield (
-            "time: share of what entries, norms and clipped sums take, measured on one physical batch; bytes: what is "
-            "saved for the backward pass and kept for norms and sums."
+            "bytes: what is saved for the backward pass and kept for norms and sums, per sample; time: share of what "
+            "entries, norms and clipped sums take; both measured on one physical batch."
         )
     if plan.engine == "loop":
         yield (
