@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import lightning_dp as ldp
 from lightning_dp.bookkeeping.random_state import RandomState
+from lightning_dp.coverage import timing
 from lightning_dp.coverage.names import collapsed
 from tests.models import Regression, loader, parameters, trainer
 from tests.strategies.test_self_check import Opaque
@@ -37,6 +38,11 @@ def _no_command_line_of_pytest(monkeypatch):
 def _nothing_is_written(tmp_path):
     yield
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "_MAX_ROUNDS", 3)
 
 
 def planned(module, data=None, callbacks=(), show=False, **settings):

@@ -142,7 +142,7 @@ def _conclusion(plan: Plan) -> Iterator[str]:
         way = "one by one, against one batch" if plan.engine == "loop" else "in one physical batch"
         yield (
             f"In all: a private forward and backward pass takes {plan.time_ratio:.2f} times as long as an ordinary one "
-            f"({plan.timed_samples} samples {way}; medians, measured in turns), and "
+            f"({plan.timed_samples} samples {way}; least times, measured in turns), and "
             f"{'the gradient' if plan.engine == 'loop' else 'the book'} holds "
             f"{_bytes(plan.coverage.bytes_per_sample)} per sample."
         )
