@@ -205,7 +205,7 @@ class _Rehearsal:
             return
         keeping = (LoopKeeping if self._is_loop else BookKeeping)(trial.trained, trial.others)
         if self._tried(partial(self._check, trial, keeping)):
-            self._time(trial, keeping)
+            self._tried(partial(self._time, trial, keeping))
 
     def _observe(self, trial: Trial) -> None:
         self._found.coverage, error = observe_coverage(trial)
