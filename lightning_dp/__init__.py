@@ -1,6 +1,7 @@
 """Train any LightningModule with differential privacy: add ``DPStrategy`` to the ``Trainer``."""
 
 from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon, max_steps
+from lightning_dp.bookkeeping import register_rule
 from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor
 from lightning_dp.coverage import plan
 from lightning_dp.errors import (
@@ -28,4 +29,5 @@ __all__ = [
     "max_steps",
     "per_sample_mean",
     "plan",
+    "register_rule",
 ]

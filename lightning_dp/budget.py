@@ -51,6 +51,7 @@ class PrivacyBudget:
     ) -> None:
         self.delta, self.target_epsilon, self.planned_steps = delta, target_epsilon, planned_steps
         self._mechanism, self._accountant, self._ledger, self._journal = mechanism, accountant, ledger, journal
+        self._noise = mechanism.accounted_noise_multiplier
         self._before, self._num_before = ledger.phases, ledger.num_releases
         self._allowed = self._further_releases()
         self._table: EpsilonTable | None = None
@@ -64,7 +65,7 @@ class PrivacyBudget:
     @property
     def epsilon_at_most(self) -> float:
         """A slightly larger bound than `epsilon` that is only looked up: for progress bars."""
-        if self._mechanism.noise_multiplier == 0:
+        if self._noise == 0:
             return self.epsilon
         made = self._ledger.num_releases - self._num_before
         while self._table is None or made > self._horizon:
@@ -80,7 +81,7 @@ class PrivacyBudget:
 
     def epsilon_after(self, num_steps: int) -> float:
         """Return what all releases so far and ``num_steps`` more will have spent."""
-        more = Phase(self._mechanism.noise_multiplier, self._mechanism.sample_rate, num_steps)
+        more = Phase(self._noise, self._mechanism.sample_rate, num_steps)
         return self._accountant.epsilon(merge_phases([*self._ledger.phases, more]), self.delta)
 
     def check_next(self) -> None:
@@ -97,13 +98,13 @@ class PrivacyBudget:
             )
 
     def book(self) -> None:
-        """Book one release. Call it before the release is made.
+        """Book what is released from one draw. Call it before the first release is made.
 
         Raises:
             PrivacyBudgetExceeded: If it does not fit.
         """
         self.check_next()
-        noise, rate = self._mechanism.noise_multiplier, self._mechanism.sample_rate
+        noise, rate = self._noise, self._mechanism.sample_rate
         block = max(1, self._ledger.num_releases // 100)  # what a crash may count too much: 1 %
         self._journal.reserve(self._ledger, noise, rate, block=block, cap=self.releases_left)
         self._ledger.book(noise, rate)
@@ -114,7 +115,7 @@ class PrivacyBudget:
         return max_further_releases(
             self._accountant,
             self._before,
-            noise_multiplier=self._mechanism.noise_multiplier,
+            noise_multiplier=self._noise,
             sample_rate=self._mechanism.sample_rate,
             target_epsilon=self.target_epsilon,
             delta=self.delta,
@@ -127,7 +128,7 @@ class PrivacyBudget:
         steps, epsilons = epsilon_curve(
             self._accountant,
             self._before,
-            noise_multiplier=self._mechanism.noise_multiplier,
+            noise_multiplier=self._noise,
             sample_rate=self._mechanism.sample_rate,
             num_steps=self._horizon,
             delta=self.delta,

@@ -9,7 +9,7 @@ DP-SGD, arXiv 1607.00133, algorithm 1, with Poisson sampling and division by the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +76,14 @@ class PrivateStep:
             self._sums[name] = self._sums[name] + clipped if name in self._sums else clipped
 
     @torch.no_grad()
-    def release(self) -> None:
-        """Write the noisy gradient of the logical batch to every parameter. Book it in the ledger first."""
-        for name, parameter in self._parameters.items():
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Write the noisy gradient of the logical batch to every parameter. Book it in the ledger first.
+
+        Args:
+            names: The parameters to release, if not all of them.
+        """
+        for name in self._parameters if names is None else names:
+            parameter = self._parameters[name]
             parameter.grad = self._released(parameter, self._sums.pop(name, None))
         self.drop()
 

@@ -6,7 +6,7 @@ entries arise (``rules``) or which factor clips them (``lightning_dp.clipping``)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -62,7 +62,7 @@ class Book:
         else:
             self.entries.setdefault(target, []).append(entry)
 
-    def close(self) -> None:
+    def carry(self) -> None:
         """Carry the entries of all derived tensors back to their parameters by one vmapped backward pass."""
         if not self.derived:
             return
@@ -77,6 +77,10 @@ class Book:
         for name, g in zip(roots, batched_gradients(values, list(roots.values()), upstream), strict=True):
             if g is not None:
                 self.file(name, Dense(g))
+
+    def take(self, names: Iterable[str]) -> Book:
+        """Return a book of these parameters, and keep the entries of the others."""
+        return Book(self.num_samples, {name: self.entries.pop(name) for name in names if name in self.entries})
 
     def norm_sq(self) -> Tensor:
         """Return the squared norm of each sample's gradient over all parameters, shape ``[B]``."""

@@ -6,19 +6,20 @@ loss, the batches, clipping or noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from lightning_dp.bookkeeping.base import Keeping
 from lightning_dp.bookkeeping.book import Book
-from lightning_dp.bookkeeping.interception import Handler, intercepting, swapped, without_interception
+from lightning_dp.bookkeeping.interception import Handler, intercepting, swapped, unswapped, without_interception
 from lightning_dp.bookkeeping.layout import Layouts
 from lightning_dp.bookkeeping.observation import Forward, observe
 from lightning_dp.bookkeeping.recorder import Recorder
 from lightning_dp.bookkeeping.refusals import escaped
+from lightning_dp.errors import UnsupportedModelError
 
 
 class BookKeeping(Keeping):
@@ -38,9 +39,6 @@ class BookKeeping(Keeping):
         ...     loss_of(batch).backward()
         >>> norm_sq = keeping.close().norm_sq()  # doctest: +SKIP
     """
-
-    recorder_class: type[Recorder] = Recorder
-    """What records a pass."""
 
     def __init__(self, trained: Mapping[str, nn.Parameter], others: Mapping[str, nn.Parameter] | None = None) -> None:
         super().__init__(trained, others)
@@ -65,11 +63,41 @@ class BookKeeping(Keeping):
         """Record what runs inside: the forward pass of ``num_samples`` samples, or its backward pass without it."""
         if num_samples is not None:
             self.abandon()
-            self._recorder = self.recorder_class(self._names, self._layouts, num_samples, self._is_recording)
+            self._recorder = self._new_recorder(num_samples)
         if self._recorder is None:
             raise RuntimeError("recording() without a number of samples continues a pass, and none was begun")
-        with self._swap(self._recorder.dispatch):
+        with nullcontext() if self._is_recording() else self._swap(self._recorder.dispatch):
             yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Give the parameters their own classes inside, in the middle of a recording: for a step of an optimizer."""
+        if not self._is_recording():
+            yield
+            return
+        handler, self._handler = self._handler, _as_usual
+        try:
+            with unswapped(self._swapped):
+                yield
+        finally:
+            self._handler = handler
+
+    def filed(self) -> set[str]:
+        """Return the parameters for which gradients are in the book of the pass that is recorded."""
+        if self._recorder is None:
+            return set()
+        self._recorder.carry()
+        return set(self._recorder.book.entries)
+
+    def take(self, names: Iterable[str]) -> Book:
+        """Return what is in the book for these parameters, and go on with the pass.
+
+        Between `recording` and `close`, for several backward passes through one forward pass.
+        """
+        if self._recorder is None:
+            raise RuntimeError("take() needs a pass that is recorded, and none was begun")
+        self._recorder.carry()
+        return self._recorder.book.take(names)
 
     def close(self) -> Book:
         """End the pass and return its book.
@@ -84,7 +112,7 @@ class BookKeeping(Keeping):
         for name, parameter in self._trained.items():
             if parameter.grad is not None:
                 parameter.grad = None
-                raise escaped(name)
+                raise self.escape_of(name)
         book = recorder.close()
         for name, entries in book.entries.items():
             assert all(entry.shape == self._trained[name].shape for entry in entries), f"a rule broke '{name}'"
@@ -95,6 +123,13 @@ class BookKeeping(Keeping):
         if self._recorder is not None:
             self._recorder.abandon()
         self._recorder = None
+
+    def escape_of(self, name: str) -> UnsupportedModelError:
+        """Return the error for a parameter whose gradient autograd computed past the book."""
+        return escaped(name, self._layouts.where(name))
+
+    def _new_recorder(self, num_samples: int) -> Recorder:
+        return Recorder(self._names, self._layouts, num_samples, self._is_recording)
 
     def _is_recording(self) -> bool:
         return self._handler is not _as_usual

@@ -60,7 +60,7 @@ def intercepting(base: type[Tensor], handler: Handler) -> type[Tensor]:
             return iter(args[0].unbind(0))
         return handler(func, args, kwargs or {})
 
-    namespace = {"__torch_function__": classmethod(__torch_function__), "__module__": __name__}
+    namespace = {"__torch_function__": classmethod(__torch_function__), "__module__": __name__, "is_swapped": True}
     metaclass: Any = type(base)
     made: type[Tensor] = metaclass(f"Seen{base.__name__}", (base,), namespace)
     return made
@@ -93,6 +93,24 @@ def swapped(parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[
     finally:
         for parameter, own in originals:
             parameter.__class__ = own
+
+
+@contextmanager
+def unswapped(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[None]:
+    """Give parameters that are swapped their own classes inside, and the swapped ones back at the end."""
+    seen: list[tuple[nn.Parameter, Any]] = [(parameter, type(parameter)) for _, parameter in parameters]
+    for parameter, swapped_class in seen:
+        parameter.__class__ = swapped_class.__base__
+    try:
+        yield
+    finally:
+        for parameter, swapped_class in seen:
+            parameter.__class__ = swapped_class
+
+
+def is_swapped(t: Any) -> bool:
+    """Whether the functions that a tensor enters are seen."""
+    return getattr(type(t), "is_swapped", False)
 
 
 def _check_swappable(name: str, own: type[nn.Parameter]) -> None:

@@ -110,6 +110,16 @@ class Layouts:
             raise _ambiguous(key, len(uses))
         return uses[occurrence]
 
+    def where(self, name: str) -> str:
+        """Return the functions that a parameter was seen to enter, with the lines that called them, for messages."""
+        found = {
+            f"{key[0]}, {layout.where}": None
+            for key, uses in self._uses.items()
+            if name in key[1]
+            for layout in (*uses.with_gradient, *uses.without)
+        }
+        return "; ".join(list(found)[:3])
+
     def check_counts(self, counts: Mapping[Key, int]) -> None:
         """Raise if occurrences that differ were told apart by their number, and there were more or fewer of them."""
         for key, count in counts.items():

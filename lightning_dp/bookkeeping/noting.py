@@ -24,7 +24,6 @@ from lightning_dp.bookkeeping.layout import Key, Layout, names_in
 from lightning_dp.bookkeeping.operation import Recording
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.bookkeeping.recorder import Recorder
-from lightning_dp.bookkeeping.refusals import escaped
 from lightning_dp.bookkeeping.rules.generic import MASKED, SLICED
 from lightning_dp.errors import UnsupportedModelError
 
@@ -112,21 +111,17 @@ class NotingBook(Book):
                 Use(name, self._function, derivation, method, (self._began - before) / len(origins), [filed])
             )
 
-    def close(self) -> None:
+    def carry(self) -> None:
         """Carry the entries of derived tensors back; their time and memory belong to the uses that filed them."""
         carried = {id(entry) for _, entry in self.derived}
         waiting = [use for use in self.uses if id(use.entries[0]) in carried]
         first, before = len(self.uses), now()
-        super().close()
+        super().carry()
         arrived = {use.parameter: use for use in self.uses[first:]}
         del self.uses[first:]
         for use in waiting:
             use.seconds += (now() - before) / len(waiting)
             use.entries += arrived[use.parameter].entries if use.parameter in arrived else []
-
-    def escape(self, name: str) -> None:
-        """Note a gradient that autograd computed past the book."""
-        self.refusals.append(Refusal((name,), "", "", str(escaped(name))))
 
     def _refuse(self, key: Key, layout: Layout, error: UnsupportedModelError) -> None:
         refusal = Refusal(names_in(key), plain_name(key[0]), layout.where, layout.reason or str(error))
@@ -159,17 +154,21 @@ class NotingRecorder(Recorder):
 class NotingKeeping(BookKeeping):
     """Book-keeping whose passes are noted; arguments as for `BookKeeping`."""
 
-    recorder_class = NotingRecorder
+    noted: NotingBook
+    """The book of the last pass."""
 
-    def close(self) -> NotingBook:
+    def _new_recorder(self, num_samples: int) -> Recorder:
+        recorder = NotingRecorder(self._names, self._layouts, num_samples, self._is_recording)
+        self.noted = recorder.book
+        return recorder
+
+    def close(self) -> Book:
         """End the pass; a gradient past the book is noted as a refusal."""
         escapes = [name for name, parameter in self._trained.items() if parameter.grad is not None]
         for name in escapes:
             self._trained[name].grad = None
         book = super().close()
-        assert isinstance(book, NotingBook), "made by its own recorder"
-        for name in escapes:
-            book.escape(name)
+        self.noted.refusals += [Refusal((name,), "", "", str(self.escape_of(name))) for name in escapes]
         return book
 
 

@@ -153,8 +153,9 @@ def _trace(
     try:
         with swap(tracer.dispatch), witness:
             loss = forward(samples)
-        with without_interception():
-            check_opaque(loss, names)
+        if before is not None:  # only then is it known what every function was used for
+            with without_interception():
+                check_opaque(loss, names, tracer.seen, tracer.registered, lambda: forward(samples))
     finally:
         tracer.release()
     tracer.check_complete()

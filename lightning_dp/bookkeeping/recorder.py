@@ -25,6 +25,7 @@ from lightning_dp.bookkeeping.interception import (
     function_name,
     intercepting,
     is_in_place,
+    is_swapped,
     map_leaves,
     out_of_place,
     reads_metadata,
@@ -99,14 +100,22 @@ class Recorder:
             UnsupportedModelError: If a gradient went past the book.
         """
         self._closed = True
-        for name, leaf in self._roots.items():
-            if leaf.grad is not None:
-                raise escaped(name)
         if self._num_taps and not self._num_received:
             raise no_gradient()
         self._layouts.check_counts(self._occurrences)
-        self.book.close()
+        self.carry()
         return self.book
+
+    def carry(self) -> None:
+        """Carry what was filed for functions of parameters back to the parameters.
+
+        Raises:
+            UnsupportedModelError: If a gradient went past the book.
+        """
+        for name, leaf in self._roots.items():
+            if leaf.grad is not None:
+                raise escaped(name, self._layouts.where(name))
+        self.book.carry()
 
     def abandon(self) -> None:
         """End the pass without a book."""
@@ -203,7 +212,7 @@ class Recorder:
         return tensor
 
     def _is_constant(self, t: Tensor) -> bool:
-        return isinstance(t, torch.nn.Parameter) or self._target_of(t) is not None
+        return is_swapped(t)
 
     def _target_of(self, leaf: Any) -> Target | None:
         derived: Derived | None = getattr(leaf, "derived", None) if isinstance(leaf, Tensor) else None
@@ -217,9 +226,8 @@ class Recorder:
         return not any(isinstance(leaf, Tensor) and self._target_of(leaf) is None for leaf in call.leaves)
 
     def _plain(self, leaf: Any) -> Any:
-        if isinstance(leaf, torch.nn.Parameter) or (isinstance(leaf, Tensor) and hasattr(leaf, "derived")):
-            return leaf.detach()
-        return leaf
+        # A parameter that is not swapped is trained by ordinary autograd, beside the book.
+        return leaf.detach() if is_swapped(leaf) else leaf
 
     def _in_graph(self, leaf: Any) -> Any:
         target = self._target_of(leaf)

@@ -32,14 +32,30 @@ def unobserved(key: Key) -> UnsupportedModelError:
     )
 
 
-def escaped(name: str) -> UnsupportedModelError:
-    """Return the error for a gradient that autograd computed past the book."""
+def escaped(name: str, where: str) -> UnsupportedModelError:
+    """Return the error for a gradient that autograd computed past the book.
+
+    Args:
+        name: The parameter.
+        where: The functions that it was seen to enter.
+    """
+    seen = f" (perhaps one of: {where})" if where else ""
     return UnsupportedModelError(
-        f"parameter '{name}' received a gradient that is not in the book: it enters an operation that torch does not "
-        "let us see, such as a custom torch.autograd.Function, a ScriptModule or a compiled module. Freeze it "
-        "(requires_grad_(False)), write the operation in torch functions, or train it without the book, one sample at "
-        "a time: DPStrategy(clipping_engine='loop')."
+        f"parameter '{name}' received a gradient that is not in the book: it enters an operation{seen} {_UNSEEN}"
     )
+
+
+def opaque(name: str, operation: str) -> UnsupportedModelError:
+    """Return the error for a parameter that enters an operation which is named."""
+    return UnsupportedModelError(f"parameter '{name}' enters {operation} {_UNSEEN}")
+
+
+_UNSEEN = (
+    "that torch does not let us see, such as a torch.autograd.Function, a ScriptModule, a compiled module, torch.vmap "
+    "or an extension in C++ or CUDA. Freeze it (requires_grad_(False)), write the operation in torch functions, let it "
+    "be seen by lightning_dp.register_rule, or train it without the book, one sample at a time: "
+    "DPStrategy(clipping_engine='loop')."
+)
 
 
 def inner_gradient(of: str) -> UnsupportedModelError:

@@ -6,8 +6,8 @@ On batches of two to three samples of the user's own dataset, in training mode:
 
 - (a) for one sample, the norm in the book is the norm of autograd's gradient;
 - (b) for several, the sum of the book's entries is autograd's gradient;
-- (c) a sample's contribution does not change when its neighbour in the batch is another, nor, in evaluation mode (where
-  nothing is drawn at random), when it is left out;
+- (c) a sample's contribution does not change when its neighbour in the batch is another, nor, in evaluation mode and
+  with equal random draws for all samples, when it is left out;
 - (d) no buffer is written with what the samples contain.
 
 (a) and (b) find a wrong rule of this library; (c) finds everything that couples samples, which no library can clip.
@@ -21,15 +21,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_dp.bookkeeping.book import Book
-from lightning_dp.bookkeeping.engine import BookKeeping
+from lightning_dp.bookkeeping.draws import EqualDraws
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.errors import UnsupportedModelError
-
-LossOf = Callable[[str], Tensor]
-"""Returns the loss of the samples named by a string: ``"aab"`` is a batch ``[a, a, b]``."""
 
 Gradients = Mapping[str, Tensor]
 
@@ -42,25 +39,28 @@ _COARSE = 5e-2
 class Subject:
     """What is checked.
 
+    A training step is run on the samples named by a string: ``"aab"`` is a batch ``[a, a, b]``. It has one book for
+    each release that would be made of it, and as many ordinary gradients.
+
     Args:
-        keeping: The observed book-keeping.
-        trained: The trained parameters by name.
         buffers: The model's buffers by name.
-        loss_of: Runs the training step.
+        books: Runs the training step through the observed book-keeping.
+        gradients: Runs the training step by autograd alone.
         evaluating: Context in which the model is in evaluation mode.
         mean_loss: Whether the loss is the mean over the batch, rather than the sum.
         others: Further samples, as single letters, to put in the place of a neighbour.
         coarse: Whether the model computes in 16 bits.
+        smallest: The smallest batch that the training step can run on, ``"a"`` or, for some layers, ``"aa"``.
     """
 
-    keeping: BookKeeping
-    trained: Mapping[str, nn.Parameter]
     buffers: Mapping[str, Tensor]
-    loss_of: LossOf
+    books: Callable[[str], Sequence[Book]]
+    gradients: Callable[[str], Sequence[Gradients]]
     evaluating: Callable[[], AbstractContextManager[None]]
     mean_loss: bool = True
     others: str = "b"
     coarse: bool = False
+    smallest: str = "a"
 
 
 def self_check(subject: Subject) -> None:
@@ -82,7 +82,7 @@ class _Check:
     def run(self) -> None:
         """Check everything."""
         try:
-            self._book("aab")  # a function whose gradient was refused by the observation says so here
+            self._books("aab")  # a function whose gradient was refused by the observation says so here
             self._check_one_sample()
             self._check_sum()
             for other in self._subject.others:
@@ -93,8 +93,13 @@ class _Check:
             self._restore()
 
     def _check_one_sample(self) -> None:
-        booked = {name: float(part[0].sqrt()) for name, part in self._book("a").norm_sq_by_parameter().items()}
-        gradients = self._autograd("a")
+        samples, draws = self._subject.smallest, self._equal_draws()
+        with draws():
+            norms = _merged([book.norm_sq_by_parameter() for book in self._books(samples)])
+        with draws():
+            gradients = self._autograd(samples)
+        copies = len(samples) if self._subject.mean_loss else 1  # of a mean over copies, each has its share
+        booked = {name: float(part[0].sqrt()) * copies for name, part in norms.items()}
         total = _length(gradients)
         wrong = [
             f"'{name}' ({booked.get(name, 0.0):.6g} in the book, {float(g.norm()):.6g} by autograd)"
@@ -109,12 +114,13 @@ class _Check:
 
     def _check_sum(self) -> None:
         ones = torch.ones(3, dtype=torch.float64)
-        sums, gradients = _named(self._subject, self._book("aab").weighted_sums(ones)), self._autograd("aab")
-        total = _length(gradients)
+        sums = _merged([book.weighted_sums(ones) for book in self._books("aab")])
+        gradients = self._autograd("aab")
+        total, zero = _length(gradients), torch.zeros(())
         wrong = [
             f"'{name}'"
             for name, g in gradients.items()
-            if float((sums[name].to(g) - g).norm()) > self._tolerance(g) * (float(g.norm()) + 1e-3 * total)
+            if float((sums.get(name, zero).to(g) - g).norm()) > self._tolerance(g) * (float(g.norm()) + 1e-3 * total)
         ]
         if wrong:
             raise UnsupportedModelError(
@@ -135,12 +141,19 @@ class _Check:
         self._compare(one, two, "when its neighbour in the batch was another")
 
     def _check_left_out(self) -> None:
-        alone, both = self._contribution("ab", 1), self._contribution("aab", 2)
+        draws = self._equal_draws()
+        with draws():
+            alone = self._contribution("ab", 1)
+        with draws():
+            both = self._contribution("aab", 2)
         if self._subject.mean_loss:
             alone, both = {n: 2 * g for n, g in alone.items()}, {n: 3 * g for n, g in both.items()}
         self._compare(alone, both, "when another sample was left out of the batch")
 
     def _compare(self, one: Gradients, two: Gradients, event: str) -> None:
+        zero = torch.zeros(())
+        names = {**one, **two}
+        one, two = ({name: g.get(name, zero) for name in names} for g in (one, two))
         moved = {name: one[name] - two[name] for name in one}
         lengths = _length(one), _length(two)
         tolerance = max(map(self._tolerance, one.values()), default=0.0)
@@ -166,27 +179,29 @@ class _Check:
 
     # ---- passes --------------------------------------------------------------------------------------------------
 
+    def _equal_draws(self) -> Callable[[], EqualDraws]:
+        """Return the context of a pass in which all samples get the same random draws."""
+        with EqualDraws() as of_two:
+            self._books("ab")
+        with EqualDraws() as of_three:
+            self._books("aab")
+        return lambda: EqualDraws(of_two.drawn, of_three.drawn)
+
     def _contribution(self, samples: str, at: int) -> Gradients:
-        """Return the gradient in the book of the sample at one place."""
+        """Return the gradient in the books of the sample at one place."""
         one_hot = torch.zeros(len(samples), dtype=torch.float64)
         one_hot[at] = 1
-        return _named(self._subject, self._book(samples).weighted_sums(one_hot))
+        return _merged([book.weighted_sums(one_hot) for book in self._books(samples)])
 
-    def _book(self, samples: str) -> Book:
+    def _books(self, samples: str) -> Sequence[Book]:
         self._restore()
-        with self._subject.keeping.recording(len(samples)):
-            loss = self._subject.loss_of(samples)
-        with self._subject.keeping.recording():
-            loss.backward()
+        books = self._subject.books(samples)
         self._written = {name: buffer.detach().clone() for name, buffer in self._subject.buffers.items()}
-        return self._subject.keeping.close()
+        return books
 
     def _autograd(self, samples: str) -> Gradients:
         self._restore()
-        named = self._subject.trained
-        gradients = torch.autograd.grad(self._subject.loss_of(samples), list(named.values()), allow_unused=True)
-        pairs = zip(named.items(), gradients, strict=True)
-        return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+        return _merged(self._subject.gradients(samples))
 
     def _tolerance(self, g: Tensor) -> float:
         return _COARSE if self._subject.coarse else _TOLERANCE.get(g.dtype, _COARSE)
@@ -204,9 +219,12 @@ _OUR_FAULT = (
 )
 
 
-def _named(subject: Subject, sums: Gradients) -> Gradients:
-    """Return the sums with exact zeros for the parameters that no sample used."""
-    return {name: sums[name] if name in sums else torch.zeros_like(p) for name, p in subject.trained.items()}
+def _merged(releases: Sequence[Gradients]) -> dict[str, Tensor]:
+    """Return what several releases are made of as one, with a number where they share a parameter."""
+    merged: dict[str, Tensor] = {}
+    for k, gradients in enumerate(releases):
+        merged |= {f"{name} (release {k + 1})" if name in merged else name: g for name, g in gradients.items()}
+    return merged
 
 
 def _length(gradients: Gradients) -> float:

@@ -6,8 +6,9 @@ Owns: the search for both. Does not own: the errors' other words (``refusals``).
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from lightning_dp.bookkeeping.refusals import opaque
 from lightning_dp.errors import UnsupportedModelError
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -30,30 +32,55 @@ def calling_line() -> str:
     return ""
 
 
-def check_opaque(loss: Any, names: Mapping[int, str]) -> None:
-    """Raise if a trained parameter enters a custom ``torch.autograd.Function`` on its way to the loss.
+class Opaque(UnsupportedModelError):
+    """Parameters enter operations that torch does not let us see; the message is that of the first.
+
+    Args:
+        reasons: A message for each of them, by name.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(next(iter(reasons.values())))
+        self.reasons = dict(reasons)
+
+
+def check_opaque(
+    loss: Any, names: Mapping[int, str], seen: Set[str], registered: Set[str], again: Callable[[], Any]
+) -> None:
+    """Raise if a trained parameter enters an operation that torch does not let us see, on its way to the loss.
 
     Args:
         loss: The loss of an ordinary forward pass, with its graph; anything else is let pass.
         names: Name of each trained parameter by ``id``.
+        seen: The parameters that entered functions that were seen.
+        registered: Those that entered functions which their author registered.
+        again: Runs the forward pass once more.
 
     Raises:
-        UnsupportedModelError: Naming the parameter, the function and where it is defined.
+        Opaque: Naming the parameter, the operation and where it is called or defined.
     """
-    for _, error in opaque_uses(loss, names):
-        raise error
+    entered = list(_entered(loss, names))
+    operations = {
+        name: f"{_function(node).__name__} ({_definition(_function(node))})"
+        for name, node in entered
+        if isinstance(node, BackwardCFunction) and name not in registered
+    }
+    hidden = {name: node for name, node in entered if name not in seen and name not in operations}
+    lines = _lines_of(hidden, names, again) if hidden else {}
+    for name, node in hidden.items():
+        operations[name] = f"an operation ({node.name().removesuffix('Backward0')}, {lines[name]})"
+    if operations:
+        raise Opaque({name: str(opaque(name, operation)) for name, operation in operations.items()})
 
 
-def opaque_uses(loss: Any, names: Mapping[int, str]) -> Iterator[tuple[str, UnsupportedModelError]]:
-    """Yield each trained parameter that enters a custom ``torch.autograd.Function``, with the error; see above."""
-    if not isinstance(loss, Tensor) or loss.grad_fn is None:
-        return
-    for node in _nodes(loss.grad_fn):
-        if isinstance(node, BackwardCFunction):
+def _entered(loss: Any, names: Mapping[int, str]) -> Iterator[tuple[str, Any]]:
+    """Yield the nodes of a graph that a trained parameter enters."""
+    if isinstance(loss, Tensor) and loss.grad_fn is not None:
+        for node in _nodes(loss.grad_fn):
             for entered, _ in node.next_functions:
                 name = names.get(id(getattr(entered, "variable", None)))
                 if name is not None:
-                    yield name, _opaque(name, node)
+                    yield name, node
 
 
 def _nodes(root: Any) -> Iterator[Any]:
@@ -67,14 +94,25 @@ def _nodes(root: Any) -> Iterator[Any]:
                 waiting.append(following)
 
 
-def _opaque(name: str, node: Any) -> UnsupportedModelError:
-    function = getattr(node, "_forward_cls", type(node))
+def _function(node: Any) -> Any:
+    return getattr(node, "_forward_cls", type(node))
+
+
+def _definition(function: Any) -> str:
     try:
-        where = f"{inspect.getsourcefile(function)}:{inspect.getsourcelines(function)[1]}"
+        return f"{inspect.getsourcefile(function)}:{inspect.getsourcelines(function)[1]}"
     except (OSError, TypeError):  # made at run time, as by torch.compile
-        where = "compiled code"
-    return UnsupportedModelError(
-        f"parameter '{name}' enters {function.__name__} ({where}), a torch.autograd.Function, whose gradient for "
-        "each sample cannot be seen. Freeze the parameter (requires_grad_(False)), write the operation in torch "
-        "functions, or train it without the book, one sample at a time: DPStrategy(clipping_engine='loop')."
-    )
+        return "compiled code"
+
+
+def _lines_of(hidden: Iterable[str], names: Mapping[int, str], again: Callable[[], Any]) -> dict[str, str]:
+    """Return where parameters enter an operation, by a pass in which autograd notes the lines."""
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        tracebacks = {name: "".join(node.metadata.get("traceback_", [])) for name, node in _entered(again(), names)}
+    return {name: _users_line(tracebacks.get(name, "")) for name in hidden}
+
+
+def _users_line(traceback: str) -> str:
+    lines = [f"{file}:{line}" for file, line in re.findall(r'File "(.+?)", line (\d+)', traceback)]
+    users = [line for line in lines if not line.startswith(_NOT_THE_USERS)]
+    return (users or ["compiled code"])[-1]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping.axes import SampleAxis, find_axis
 from lightning_dp.bookkeeping.interception import (
@@ -29,6 +30,7 @@ from lightning_dp.bookkeeping.interception import (
 from lightning_dp.bookkeeping.layout import REPEATING, Key, Kind, Layout, key_of
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.bookkeeping.rules.embedding import check_table
+from lightning_dp.bookkeeping.rules.registered import is_registered
 from lightning_dp.bookkeeping.source import calling_line
 from lightning_dp.errors import UnsupportedModelError
 
@@ -107,6 +109,12 @@ class Tracer:
         names: Name of each trained parameter by ``id``.
         before: The events of the pass with two samples; ``None`` in that pass itself.
         digest: What is to be kept of a leaf or an output with its sample axis.
+
+    Attributes:
+        events: What the functions looked like, in order.
+        uses: The uses of trained parameters among them.
+        seen: The trained parameters that entered any function.
+        registered: Those that entered one which its author registered.
     """
 
     def __init__(
@@ -117,6 +125,8 @@ class Tracer:
     ) -> None:
         self.events: list[Event] = []
         self.uses: list[Use] = []
+        self.seen: set[str] = set()
+        self.registered: set[str] = set()
         self._names, self._before, self._digest = names, before, digest
         self._class = intercepting(Tensor, self.dispatch)
         self._followed: list[weakref.ref[Tensor]] = []
@@ -128,10 +138,13 @@ class Tracer:
             if name is None:
                 return func(*args, **kwargs)
             check_table(func, args, kwargs)
-            before = RandomState.now()
+            before, leaves = RandomState.now(), flat(args, kwargs)
+            entered = {self._names[id(leaf)] for leaf in leaves if id(leaf) in self._names}
+            self.registered |= entered if is_registered(func) else set()
             result = func(*args, **kwargs)
             outputs = (args[0],) if name == "__setitem__" else float_outputs(result)
-            leaves = flat(args, kwargs)
+            # Inside a script or torch.vmap a function is shown, but its outputs have no graph that could be followed.
+            self.seen |= entered if any(map(_has_graph, (*outputs, *tree_flatten(result)[0]))) else set()
             constant = torch.is_grad_enabled() and not any(t.requires_grad for t in outputs)
             if constant or not outputs or reads_metadata(name, self._is_followed(leaves[0])):
                 return result
@@ -236,6 +249,10 @@ def _repeated(three: Event, outputs: tuple[SampleAxis | None, ...], on_activatio
     if three.name in REPEATING and not on_activations and one_per_sample:
         return Layout(Kind.PER_SAMPLE, (), outputs, sliceable=False)
     return Layout(Kind.REFUSED, reason=_DOES_NOT_SCALE.format(f"{len(three.leaves)} arguments with three"))
+
+
+def _has_graph(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.requires_grad
 
 
 def _look(leaf: Any) -> Shape | int | None:

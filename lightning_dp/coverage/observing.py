@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,15 +17,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.bookkeeping import Book, LoopKeeping
+from lightning_dp.bookkeeping import Book, BookKeeping, Keeping, LoopKeeping
 from lightning_dp.bookkeeping.noting import NotingBook, NotingKeeping, Refusal, Use
 from lightning_dp.bookkeeping.random_state import RandomState
-from lightning_dp.bookkeeping.source import opaque_uses
+from lightning_dp.bookkeeping.source import Opaque
 from lightning_dp.coverage.report import Coverage, Covered
 from lightning_dp.coverage.timing import seconds_of
 from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.strategies.checks import check_loss
-from lightning_dp.strategies.observing import Observer, undisturbed
+from lightning_dp.strategies.preparing import Found
+from lightning_dp.strategies.trials import AutomaticTrial, ManualTrial
+from lightning_dp.strategies.undisturbed import undisturbed
 
 _NUM_PASSES, _MAX_PASSES = 3, 20
 """How many passes are made, so that the smallest time counts; and at most, where layers may be dropped at random."""
@@ -34,44 +35,24 @@ LOOP = "loop: one backward pass per sample"
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A training step that can be tried without a trace.
+class Bench:
+    """A training step that can be tried on one physical batch without a trace.
 
     Args:
         module: The user's module.
-        trained: The trained parameters, by name.
-        others: Further parameters that require a gradient.
-        batch: A physical batch, on the device.
+        found: What the training step trains.
+        trial: Runs it on batches that lie on the device.
+        batch: A physical batch on the device.
         num_samples: B, the samples in it.
         singles: Some batches of one sample, for the loop; none for the book.
-        run_step: Runs the training step on a batch.
-        observer: Lets an engine observe the model.
     """
 
     module: pl.LightningModule
-    trained: Mapping[str, nn.Parameter]
-    others: Mapping[str, nn.Parameter]
+    found: Found
+    trial: AutomaticTrial | ManualTrial
     batch: Any
     num_samples: int
     singles: tuple[Any, ...]
-    run_step: Callable[[Any], Any]
-    observer: Observer
-
-    def loss(self, batch: Any = None) -> Tensor:
-        """Return the loss of a batch, by default of the whole one.
-
-        Raises:
-            UnsupportedModelError: If there is none.
-        """
-        output = self.run_step(self.batch if batch is None else batch)
-        check_loss(output)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise UnsupportedModelError(
-                "the training step returned no loss for a physical batch of the training data, so it cannot be seen "
-                "what it does with the parameters. Return a loss for every batch."
-            )
-        return loss
 
     @contextmanager
     def without_trace(self) -> Iterator[None]:
@@ -90,58 +71,85 @@ class Trial:
         for p in self.module.parameters():
             p.grad = None
 
+    def books(self, keeping: Keeping, batch: Any, num_samples: int) -> list[Book]:
+        """Return the book of every release."""
+        if isinstance(self.trial, AutomaticTrial):
+            return self.trial.books(keeping, batch, num_samples)
+        assert isinstance(keeping, BookKeeping), "the loop is for automatic optimization"
+        return self.trial.books(keeping, batch, num_samples)
 
-def observe_coverage(trial: Trial) -> tuple[Coverage, str]:
+    def run_ordinary(self, batch: Any = None) -> None:
+        """Run forward and backward passes without privacy, by default on the whole batch; gradients stay in ``.grad``.
+
+        Raises:
+            UnsupportedModelError: If there is no loss.
+        """
+        batch = self.batch if batch is None else batch
+        if isinstance(self.trial, ManualTrial):
+            self.trial.steps(batch)
+            return
+        loss = self.trial.loss(batch)
+        if loss is None:
+            raise UnsupportedModelError(
+                "the training step returned no loss for a physical batch of the training data, so it cannot be seen "
+                "what it does with the parameters. Return a loss for every batch."
+            )
+        loss.backward()
+
+
+def observe_coverage(bench: Bench) -> tuple[Coverage, str]:
     """Return what the book-keeping does with every parameter, and why it cannot be told in full, if so."""
-    names = {id(p): name for name, p in trial.trained.items()}
-    with trial.without_trace():
-        opaque = dict(opaque_uses(trial.loss(), names))
-    refused = tuple(Refusal((name,), "", "", str(error)) for name, error in opaque.items())
-    trained = {name: p for name, p in trial.trained.items() if name not in opaque}
-    keeping = NotingKeeping(trained, {**trial.others, **{name: trial.trained[name] for name in opaque}})
-    passes, problem = _Passes(trial, keeping, trained), ""
-    try:
-        trial.observer.observe(keeping, trained, check=False)
-        passes.run()
-    except UnsupportedModelError as error:
-        keeping.abandon()
-        problem = str(error)
-    return passes.coverage(refused, complete=not problem), problem
+    trained, hidden = dict(bench.found.trained), dict[str, str]()
+    passes, problem = _Passes(bench, trained), ""
+    while True:
+        keeping = NotingKeeping(trained, {**bench.found.others, **{name: bench.found.trained[name] for name in hidden}})
+        try:
+            if trained:
+                bench.found.observer.observe(keeping, trained, check=False)
+                passes.run(keeping)
+        except Opaque as error:
+            hidden |= {name: reason for name, reason in error.reasons.items() if name in trained}
+            for name in error.reasons:  # what remains may still be seen, and refused
+                trained.pop(name, None)
+            continue
+        except UnsupportedModelError as error:
+            keeping.abandon()
+            problem = str(error)
+        break
+    told = [Refusal((name,), "", "", reason) for name, reason in hidden.items()]
+    return passes.coverage(told, complete=not problem), problem
 
 
-def loop_coverage(trial: Trial) -> Coverage:
+def loop_coverage(bench: Bench) -> Coverage:
     """Return what the loop over the samples does: the same with every parameter."""
-    keeping = LoopKeeping(trial.trained, trial.others)
-    with trial.without_trace():
-        trial.loss(trial.singles[0]).backward()
+    keeping, trained = LoopKeeping(bench.found.trained, bench.found.others), bench.found.trained
+    with bench.without_trace():
+        bench.run_ordinary(bench.singles[0])
         book = keeping.close()
-    held = {name: _bytes(_held(book, name)) for name in book.entries}
+    held = {name: _bytes(entry.g for entry in entries) for name, entries in book.entries.items()}
     covered = tuple(
-        Covered(name, tuple(p.shape), (), (LOOP,), held[name]) for name, p in trial.trained.items() if name in held
+        Covered(name, tuple(p.shape), (), (LOOP,), held[name]) for name, p in trained.items() if name in held
     )
-    unused = tuple(name for name in trial.trained if name not in held)
+    unused = tuple(name for name in trained if name not in held)
     return Coverage(covered, unused, bytes_per_sample=sum(held.values()))
 
 
 class _Passes:
     """Noted passes over one batch, until every parameter was seen that is going to be."""
 
-    def __init__(self, trial: Trial, keeping: NotingKeeping, trained: Mapping[str, nn.Parameter]) -> None:
-        self._trial, self._keeping, self._trained = trial, keeping, trained
+    def __init__(self, bench: Bench, trained: Mapping[str, nn.Parameter]) -> None:
+        self._bench, self._trained = bench, trained
         self._rows: dict[str, Covered] = {}
         self._refusals: list[Refusal] = []
         self._count, self._bytes_per_sample, self._draws = 0, 0.0, False
 
-    def run(self) -> None:
+    def run(self, keeping: NotingKeeping) -> None:
         """Run as many passes as are wanted, each with random numbers of its own."""
-        with self._trial.without_trace():
+        with self._bench.without_trace():
             while self._wants_more():
                 before = RandomState.of_all()
-                with self._keeping.recording(self._trial.num_samples):
-                    loss = self._trial.loss()
-                with self._keeping.recording():
-                    loss.backward()
-                self._take(self._keeping.close())
+                books = self._bench.trial.books(keeping, self._bench.batch, self._bench.num_samples)
+                self._take(keeping.noted, books)
                 self._draws = RandomState.of_all().differs_from(before)
 
     def coverage(self, refused: Iterable[Refusal], complete: bool) -> Coverage:
@@ -159,24 +167,24 @@ class _Passes:
         layers_dropped = self._draws and not self._rows.keys() >= self._trained.keys()
         return self._count < (_MAX_PASSES if layers_dropped else _NUM_PASSES)
 
-    def _take(self, book: NotingBook) -> None:
-        """Take what a book says of its parameters; the smallest of several times counts."""
-        seconds = {name: _seconds(book, name) for name in book.entries}
-        own = (*self._trial.module.parameters(), *self._trial.module.buffers())
+    def _take(self, notes: NotingBook, books: list[Book]) -> None:
+        """Take what a pass shows of its parameters; the smallest of several times counts."""
+        own = (*self._bench.module.parameters(), *self._bench.module.buffers())
         apart = {t.untyped_storage().data_ptr() for t in own}
-        for name in book.entries:
-            uses = [use for use in book.uses if use.parameter == name]
+        for name in dict.fromkeys(name for book in books for name in book.entries):
+            uses = [use for use in notes.uses if use.parameter == name]
+            released = [Book(book.num_samples, {name: book.entries[name]}) for book in books if name in book.entries]
+            seconds = sum(use.seconds for use in uses) + sum(map(_seconds, released))
             self._rows[name] = Covered(
                 name=name,
                 shape=tuple(self._trained[name].shape),
                 functions=_functions(uses),
-                methods=_methods(book, name, uses),
-                bytes_per_sample=_bytes(_tensors(uses), apart) / book.num_samples,
-                seconds=min(seconds[name], self._seconds_before(name)),
+                methods=_methods(uses, crossed=any(len(book.entries[name]) > 1 for book in released)),
+                bytes_per_sample=_bytes(_tensors(uses), apart) / notes.num_samples,
+                seconds=min(seconds, self._seconds_before(name)),
             )
-        held = _bytes(_tensors(book.uses), apart) / book.num_samples
-        self._bytes_per_sample = max(self._bytes_per_sample, held)
-        self._refusals += book.refusals
+        self._bytes_per_sample = max(self._bytes_per_sample, _bytes(_tensors(notes.uses), apart) / notes.num_samples)
+        self._refusals += notes.refusals
         self._count += 1
 
     def _seconds_before(self, name: str) -> float:
@@ -185,17 +193,14 @@ class _Passes:
 
 
 @torch.no_grad()
-def _seconds(book: NotingBook, name: str) -> float:
-    """Return the time for the entries of one parameter, its norms and its clipped sum."""
-    one = Book(book.num_samples, {name: book.entries[name]})
-    weight = torch.ones(book.num_samples, device=book.entries[name][0].device)
-    filing = sum(use.seconds for use in book.uses if use.parameter == name)
-    return filing + seconds_of(lambda: _norms_and_sums(one, weight))
+def _seconds(book: Book) -> float:
+    """Return the time for norms and clipped sums."""
+    weight = torch.ones(book.num_samples)
 
+    def clip() -> None:
+        book.weighted_sums(weight.to(book.norm_sq()))
 
-def _norms_and_sums(book: Book, weight: Tensor) -> None:
-    book.norm_sq()
-    book.weighted_sums(weight)
+    return seconds_of(clip)
 
 
 def _functions(uses: Iterable[Use]) -> tuple[str, ...]:
@@ -208,9 +213,8 @@ def _derivation(use: Use) -> str:
     return f" (derived: {'('.join(use.derivation)}{')' * (len(use.derivation) - 1)})" if use.derivation else ""
 
 
-def _methods(book: NotingBook, name: str, uses: Iterable[Use]) -> tuple[str, ...]:
-    several = ("cross terms",) if len(book.entries[name]) > 1 else ()
-    return (*dict.fromkeys(use.method for use in uses), *several)
+def _methods(uses: Iterable[Use], crossed: bool) -> tuple[str, ...]:
+    return (*dict.fromkeys(use.method for use in uses), *(("cross terms",) if crossed else ()))
 
 
 def _tensors(uses: Iterable[Use]) -> Iterator[Tensor]:
@@ -218,11 +222,6 @@ def _tensors(uses: Iterable[Use]) -> Iterator[Tensor]:
         yield from use.saved
         for entry in use.entries:
             yield from entry.held
-
-
-def _held(book: Book, name: str) -> Iterator[Tensor]:
-    for entry in book.entries[name]:
-        yield from entry.held
 
 
 def _bytes(tensors: Iterable[Tensor], apart: Iterable[int] = ()) -> int:

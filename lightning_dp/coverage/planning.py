@@ -18,17 +18,18 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
+from lightning_dp.bookkeeping import Keeping
 from lightning_dp.bookkeeping.random_state import RandomState
-from lightning_dp.coverage.observing import Trial, loop_coverage, observe_coverage
+from lightning_dp.coverage.observing import Bench, loop_coverage, observe_coverage
 from lightning_dp.coverage.report import Plan
 from lightning_dp.coverage.table import print_plan
 from lightning_dp.coverage.timing import time_ratio
-from lightning_dp.data import PoissonLoader
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
-from lightning_dp.strategies import DPStrategy, checks
-from lightning_dp.strategies.observing import Observer
+from lightning_dp.strategies import DPStrategy
+from lightning_dp.strategies.preparing import Found, Prepared, find, prepare
 from lightning_dp.strategies.run import PrivateRun
+from lightning_dp.strategies.stepping import Stepping
+from lightning_dp.strategies.trials import AutomaticTrial, ManualTrial
 
 _SAMPLES_OF_THE_LOOP = 8
 
@@ -130,129 +131,130 @@ class _Rehearsal:
     """What is looked at in the place of the first step.
 
     Args:
-        found: What is filled in.
+        plan: What is filled in.
         trainer: The trainer of the fit.
         module: The user's module.
         run: The private run.
         moved: Does to a batch what is done before a training step.
         step: The training step.
+        put: Puts a `Stepping` behind the hooks of the strategy.
     """
 
     def __init__(
         self,
-        found: Plan,
+        plan: Plan,
         trainer: pl.Trainer,
         module: pl.LightningModule,
         run: PrivateRun,
         moved: Callable[[Any], Any],
         step: Callable[..., Any],
+        put: Callable[[Stepping], Stepping],
     ) -> None:
-        self._found, self._trainer, self._module, self._run, self._moved = found, trainer, module, run, moved
+        self._plan, self._trainer, self._module, self._run = plan, trainer, module, run
+        self._moved, self._put = moved, put
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self._step = (lambda batch: step(batch, 0)) if takes_index else step
-        self._is_loop = run.settings.clipping_engine == "loop"
+        self._is_loop = run.settings.clipping_engine == "loop" and module.automatic_optimization
 
     def run(self) -> None:
         """Find out everything, as far as nothing is refused."""
-        loader = self._run.loader
-        assert loader is not None, "settled with the dataloader"
-        self._settings(loader)
-        optimizers = self._trainer.optimizers
-        _count(self._found, self._module, optimizers)
-        self._tried(self._run.budget.check_next)
-        if self._tried(lambda: checks.check_hooks(checks.trained_parameters(self._module, optimizers)[0])):
-            self._model(self._trial(loader))
+        plan, run = self._plan, self._run
+        _count(plan, self._module, self._trainer.optimizers)
+        self._tried(run.budget.check_next)
+        found: list[Found] = []
+        if self._tried(lambda: found.append(find(self._module, run, self._run_step, self._put))):
+            self._model(self._bench(found[0]))
+        self._settings(len(found[0].steps) if found else 1)
 
-    def _settings(self, loader: PoissonLoader) -> None:
-        found, run, budget = self._found, self._run, self._run.budget
+    def _run_step(self, batch: Any) -> Any:
+        return self._step(self._moved(batch))
+
+    def _settings(self, steps_per_draw: int) -> None:
+        plan, run, budget, loader = self._plan, self._run, self._run.budget, self._run.loader
         assert run.mechanism is not None, "settled with the dataloader"
-        found.engine, found.num_examples = run.settings.clipping_engine, loader.num_examples
-        found.expected_batch_size, found.sample_rate = run.mechanism.expected_batch_size, run.mechanism.sample_rate
-        found.physical_batch_size = loader.max_physical_batch_size
-        found.noise_multiplier, found.target_epsilon = run.mechanism.noise_multiplier, budget.target_epsilon
-        found.delta, found.planned_steps = budget.delta, budget.planned_steps
+        assert loader is not None, "settled with the dataloader"
+        plan.engine, plan.num_examples = run.settings.clipping_engine, loader.num_examples
+        plan.expected_batch_size, plan.sample_rate = run.mechanism.expected_batch_size, run.mechanism.sample_rate
+        plan.physical_batch_size = loader.max_physical_batch_size
+        plan.noise_multiplier, plan.target_epsilon = run.mechanism.noise_multiplier, budget.target_epsilon
+        plan.delta, plan.planned_steps = budget.delta, budget.planned_steps
         limits = [] if budget.releases_left is None else [budget.releases_left]
         if budget.planned_steps is not None:
-            limits.append(max(0, budget.planned_steps - self._trainer.global_step))
-        found.steps = min(limits, default=None)
-        found.epsilon = None if found.steps is None else budget.epsilon_after(found.steps)
+            limits.append(max(0, budget.planned_steps - self._trainer.global_step // max(1, steps_per_draw)))
+        plan.steps = min(limits, default=None)
+        plan.epsilon = None if plan.steps is None else budget.epsilon_after(plan.steps)
 
-    def _trial(self, loader: PoissonLoader) -> Trial:
-        trained, others = checks.trained_parameters(self._module, self._trainer.optimizers)
+    def _bench(self, found: Found) -> Bench:
+        loader = self._run.loader
+        assert loader is not None, "settled with the dataloader"
         wanted = _SAMPLES_OF_THE_LOOP if self._is_loop else loader.max_physical_batch_size
         count = min(wanted, loader.num_examples)
         indices = [k * loader.num_examples // count for k in range(count)]
-        mean_loss = self._run.settings.loss_reduction == "mean"
-        return Trial(
+        manual: ManualTrial | None = None
+        if isinstance(found.trial, ManualTrial):
+            manual = ManualTrial(self._module, self._step, self._put)
+            manual.groups = found.trial.groups
+        return Bench(
             module=self._module,
-            trained=trained,
-            others=others,
+            found=found,
+            trial=manual or AutomaticTrial(self._step),
             batch=self._moved(loader.batch_of(indices)),
             num_samples=count,
             singles=tuple(self._moved(loader.batch_of([i])) for i in indices) if self._is_loop else (),
-            run_step=self._step,
-            observer=Observer(self._module, loader, lambda data: self._step(self._moved(data)), mean_loss=mean_loss),
         )
 
-    def _model(self, trial: Trial) -> None:
-        found = self._found
-        if self._is_loop:
-            self._tried(lambda: setattr(found, "coverage", loop_coverage(trial)))
-        else:
-            self._tried(partial(self._observe, trial))
-        if found.errors or found.coverage is None or found.coverage.refused:
-            found.self_check = "not run: something is refused"
+    def _model(self, bench: Bench) -> None:
+        plan = self._plan
+        self._tried(partial(self._observe, bench))
+        if plan.errors or plan.coverage is None or plan.coverage.refused:
+            plan.self_check = "not run: something is refused"
             return
-        keeping = (LoopKeeping if self._is_loop else BookKeeping)(trial.trained, trial.others)
-        if self._tried(partial(self._check, trial, keeping)):
-            self._tried(partial(self._time, trial, keeping))
+        plan.self_check = "failed: the reason is given above"
+        prepared: list[Prepared] = []
+        if self._tried(lambda: prepared.append(prepare(self._module, self._run, self._run_step, self._put))):
+            plan.self_check = self._passed(bench.found.observer.num_samples)
+            self._tried(partial(self._time, bench, prepared[0].keeping))
 
-    def _observe(self, trial: Trial) -> None:
-        self._found.coverage, error = observe_coverage(trial)
-        if error:
-            self._found.errors.append(error)
-
-    def _check(self, trial: Trial, keeping: Keeping) -> None:
-        found, wanted = self._found, self._run.settings.self_check
-        found.self_check = "failed: the reason is given above"
-        trial.observer.observe(keeping, dict(trial.trained), check=wanted)
+    def _observe(self, bench: Bench) -> None:
         if self._is_loop:
-            found.self_check = "not needed: in the loop every sample is alone in its batch"
-        elif not wanted:
-            found.self_check = "switched off (self_check=False)"
-        elif trial.observer.num_samples < 2:
-            found.self_check = "not run: it needs two different samples"
-        else:
-            found.self_check = f"passed, on {trial.observer.num_samples} samples"
+            self._plan.coverage = loop_coverage(bench)
+            return
+        self._plan.coverage, problem = observe_coverage(bench)
+        if problem:
+            self._plan.errors.append(problem)
 
-    def _time(self, trial: Trial, keeping: Keeping) -> None:
+    def _passed(self, num_samples: int) -> str:
+        if self._is_loop:
+            return "not needed: in the loop every sample is alone in its batch"
+        if not self._run.settings.self_check:
+            return "switched off (self_check=False)"
+        return f"passed, on {num_samples} samples" if num_samples > 1 else "not run: it needs two different samples"
+
+    def _time(self, bench: Bench, keeping: Keeping) -> None:
         """Time the private way against the ordinary one."""
-        step = self._run.private_step(trial.trained)
-        batches = [(single, 1) for single in trial.singles] or [(trial.batch, trial.num_samples)]
+        step = self._run.private_step(bench.found.trained)
+        batches = [(single, 1) for single in bench.singles] or [(bench.batch, bench.num_samples)]
 
         def private() -> None:
             for batch, num_samples in batches:
-                with keeping.recording(num_samples):
-                    loss = trial.loss(batch)
-                with keeping.recording():
-                    loss.backward()
-                step.collect(keeping.close(), num_samples)
+                for book in bench.books(keeping, batch, num_samples):
+                    step.collect(book, num_samples)
             step.drop()
 
         def ordinary() -> None:
-            trial.loss().backward()
-            trial.drop_gradients()
+            bench.run_ordinary()
+            bench.drop_gradients()
 
-        with trial.without_trace():
-            self._found.time_ratio = time_ratio(private, ordinary)
-        self._found.timed_samples = trial.num_samples
+        with bench.without_trace():
+            self._plan.time_ratio = time_ratio(private, ordinary)
+        self._plan.timed_samples = bench.num_samples
 
     def _tried(self, action: Callable[[], None]) -> bool:
         """Note the refusal of an action; return whether there was none."""
         try:
             action()
         except PrivacyError as error:
-            self._found.errors.append(str(error))
+            self._plan.errors.append(str(error))
             return False
         return True
 

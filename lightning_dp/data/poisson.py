@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.special import rel_entr
 from torch.utils.data import DataLoader
 
 from lightning_dp.errors import PrivacyError
@@ -31,7 +33,7 @@ class PhysicalBatch:
     Args:
         data: The batch.
         num_rows: How many samples it has: B.
-        num_real: How many of them were drawn: B, or 0 for the phantom sample of an empty draw.
+        num_real: How many of them were drawn, the first ones; the others are phantoms.
     """
 
     data: Any
@@ -59,6 +61,8 @@ class PoissonLoader:
         num_batches: Logical batches in one epoch.
         max_physical_batch_size: The most examples of a physical batch.
         random: Where the draws come from.
+        constant_size: Whether every physical batch has ``max_physical_batch_size`` samples, phantoms included, so that
+            its size tells nothing.
     """
 
     def __init__(
@@ -69,11 +73,12 @@ class PoissonLoader:
         num_batches: int,
         max_physical_batch_size: int,
         random: SecretRandom,
+        constant_size: bool = False,
     ) -> None:
         self.dataset = loader.dataset
         self.num_examples = len(loader.dataset)  # type: ignore[arg-type]
         self.sample_rate, self.max_physical_batch_size = sample_rate, max_physical_batch_size
-        self._num_batches, self._random = num_batches, random
+        self._num_batches, self._random, self._constant_size = num_batches, random, constant_size
         self._chunks: deque[_Chunk] = deque()
         self._rest: Iterator[PhysicalBatch] | None = None
         self._delivered: _Chunk | None = None
@@ -138,8 +143,10 @@ class PoissonLoader:
             chosen = self.draw()
             chunks = _even_chunks(chosen, self.max_physical_batch_size)
             for k, chunk in enumerate(chunks):
-                self._chunks.append(_Chunk(max(len(chunk), 1), len(chunk), k == len(chunks) - 1))
-                yield chunk or [0]  # an empty draw: a phantom sample, which is given the weight zero
+                # Phantoms, which are given the weight zero: one for an empty draw, or as many as hide its size.
+                rows = self.max_physical_batch_size if self._constant_size else max(len(chunk), 1)
+                self._chunks.append(_Chunk(rows, len(chunk), k == len(chunks) - 1))
+                yield chunk + [0] * (rows - len(chunk))
 
     def _after(self, chunk: _Chunk, physical: Iterator[Any]) -> Iterator[PhysicalBatch]:
         while not chunk.is_last:
@@ -156,6 +163,20 @@ class _Draws:
 
     def __iter__(self) -> Iterator[list[int]]:
         return self._draw()
+
+
+def largest_draw(num_examples: int, sample_rate: float) -> int:
+    """Return a size that a Poisson sample exceeds with a probability below 1e-20: in no run there will ever be.
+
+    By the Chernoff bound: at least m of N are drawn with a probability of at most ``exp(-N KL(m / N || q))``.
+    """
+
+    def divergence(m: int) -> float:
+        share = m / num_examples
+        return num_examples * float(rel_entr(share, sample_rate) + rel_entr(1 - share, 1 - sample_rate))
+
+    sizes = range(math.ceil(sample_rate * num_examples), num_examples + 1)
+    return sizes[min(bisect_left(sizes, -math.log(1e-20), key=divergence), len(sizes) - 1)]
 
 
 def _even_chunks(indices: list[int], most: int) -> list[list[int]]:

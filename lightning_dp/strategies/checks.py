@@ -5,7 +5,7 @@ Owns: the refusals about trainer, model, optimizer and loss. Does not own: those
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
+from lightning_dp.errors import PrivacyConfigurationError, PrivacyError, UnsupportedModelError
 
 _TUNERS = ("LearningRateFinder", "BatchSizeFinder", "_LRCallback")
 
@@ -49,15 +49,19 @@ def check_trainer(trainer: pl.Trainer) -> None:
             )
 
 
-def check_module(module: pl.LightningModule) -> None:
-    """Raise if the LightningModule cannot be trained privately whatever the data."""
-    if not module.automatic_optimization:
-        raise PrivacyConfigurationError(
-            f"{type(module).__name__} sets automatic_optimization=False: expected automatic optimization, in which one "
-            "training step is one release. Return the loss from training_step and leave backward and step to Lightning."
-        )
+def check_module(module: pl.LightningModule, public: Iterable[Optimizer] = ()) -> None:
+    """Raise if the LightningModule cannot be trained privately whatever the data.
+
+    Args:
+        module: The user's module.
+        public: Optimizers whose gradients do not depend on the training data: their layers may use the batch as a
+        whole.
+    """
+    exempt = {id(p) for optimizer in public for group in optimizer.param_groups for p in group["params"]}
     for name, layer in module.named_modules():
-        _check_statistics(name, layer)
+        own = {id(p) for p in layer.parameters(recurse=False)}
+        if not own or not own <= exempt:
+            _check_statistics(name, layer)
 
 
 def _check_statistics(name: str, layer: nn.Module) -> None:
@@ -87,29 +91,53 @@ def check_optimizers(optimizers: Iterable[Optimizer | LightningOptimizer]) -> No
             )
 
 
+def named_groups(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[Optimizer, dict[str, nn.Parameter]]:
+    """Return the parameters that every optimizer trains, by name."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        optimizer: {
+            names.get(id(parameter), f"optimizer.param_groups[{k}][{j}]"): parameter
+            for k, group in enumerate(optimizer.param_groups)
+            for j, parameter in enumerate(group["params"])
+            if parameter.requires_grad
+        }
+        for optimizer in optimizers
+    }
+
+
 def trained_parameters(
-    module: nn.Module, optimizers: Iterable[Optimizer]
+    module: nn.Module, optimizers: Iterable[Optimizer], public: Iterable[Optimizer] = ()
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Return the parameters that are trained, and those that require a gradient without being trained, by name.
+
+    Args:
+        module: The user's module.
+        optimizers: Train parameters privately.
+        public: Train parameters without noise: these are in neither of the two.
 
     Raises:
         PrivacyConfigurationError: If none is trained.
     """
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    trained: dict[str, nn.Parameter] = {}
-    for k, group in enumerate(groups):
-        for j, parameter in enumerate(group["params"]):
-            if parameter.requires_grad:
-                trained[names.get(id(parameter), f"optimizer.param_groups[{k}][{j}]")] = parameter
+    groups = named_groups(module, optimizers)
+    trained = {name: p for group in groups.values() for name, p in group.items()}
     if not trained:
         raise PrivacyConfigurationError(
             f"no trainable parameter: none of the parameters given to the optimizer of {type(module).__name__} has "
             "requires_grad=True. Unfreeze at least one."
         )
     held = {id(parameter) for parameter in trained.values()}
+    held |= {id(p) for group in named_groups(module, public).values() for p in group.values()}
     others = {n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in held}
     return trained, others
+
+
+def check_undivided(others: Iterator[object]) -> None:
+    """Raise if a draw came in several physical batches where a training step needs it whole."""
+    if next(others, None) is not None:
+        raise PrivacyError(
+            "a draw of examples, larger than has a probability of 1e-20, does not fit into one training step with "
+            "manual optimization. Run the training again."
+        )
 
 
 def check_hooks(trained: Mapping[str, nn.Parameter]) -> None:
@@ -123,14 +151,19 @@ def check_hooks(trained: Mapping[str, nn.Parameter]) -> None:
                 )
 
 
-def check_loss(output: Any) -> None:
-    """Raise if what ``training_step`` returned is not a scalar loss."""
+def loss_of(output: Any) -> Tensor | None:
+    """Return the loss that ``training_step`` returned, alone or in a mapping; ``None`` to skip the batch.
+
+    Raises:
+        PrivacyConfigurationError: If it is no scalar.
+    """
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None:
-        return
+        return None
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
         found = f"shape {tuple(loss.shape)} and {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise PrivacyConfigurationError(
             f"training_step returned a loss with {found}: expected a scalar floating point tensor, the mean over the "
             "batch (or the sum, with DPStrategy(loss_reduction='sum')) of one loss per sample. Use loss.mean()."
         )
+    return loss

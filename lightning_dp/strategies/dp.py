@@ -9,7 +9,7 @@ what they always count. Reading order of one step: `training_step`, `backward`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,21 +21,22 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
-from lightning_dp.budget import PrivacyBudget
+from lightning_dp.bookkeeping import Keeping
 from lightning_dp.data import PhysicalBatch
-from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
-from lightning_dp.private_step import PrivateStep
+from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.strategies import checks
-from lightning_dp.strategies.observing import Observer
+from lightning_dp.strategies.preparing import Prepared, prepare
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.settings import PrivacySettings
+from lightning_dp.strategies.status import PrivacyStatus
+from lightning_dp.strategies.stepping import Stepping, Unprepared
 
-Rehearsal = Callable[[PrivateRun, Callable[[Any], Any], Callable[..., Any]], None]
-"""``rehearsal(run, moved, step)``: ``step(moved(batch), batch_idx)`` runs the training step on a batch."""
+Rehearsal = Callable[[PrivateRun, Callable[[Any], Any], Callable[..., Any], Callable[[Stepping], Stepping]], None]
+"""``rehearsal(run, moved, step, put)``: ``step(moved(batch), batch_idx)`` runs the training step on a batch, behind the
+stepping that ``put`` puts there."""
 
 
-class DPStrategy(DDPStrategy):
+class DPStrategy(PrivacyStatus, DDPStrategy):
     """Trains any LightningModule with differential privacy, unchanged, by DP-SGD with per-sample clipping.
 
     Each step draws every training example with probability ``batch_size / N`` (Poisson sampling), bounds each example's
@@ -101,46 +102,9 @@ class DPStrategy(DDPStrategy):
             clipping_engine=clipping_engine,
         )
         self._run = PrivateRun(settings)
-        self._keeping: Keeping | None = None
-        self._step: PrivateStep | None = None
-        self._num_real = 0
+        self._prepared: Prepared | None = None
+        self._stepping: Stepping = Unprepared()
         self._rehearsal: Rehearsal | None = None
-
-    # ---- what a user may ask -----------------------------------------------------------------------------------
-
-    @property
-    def epsilon(self) -> float:
-        """Epsilon spent by all releases so far, through resumes: an upper bound, in nats."""
-        return self._run.epsilon
-
-    @property
-    def delta(self) -> float | None:
-        """The delta that epsilon is for; ``None`` before the training data is known, if none was given."""
-        return self._run.delta
-
-    @property
-    def noise_multiplier(self) -> float | None:
-        """The noise multiplier, given or calibrated; ``None`` before it is calibrated."""
-        return self._run.mechanism.noise_multiplier if self._run.mechanism else self._run.settings.noise_multiplier
-
-    @property
-    def sample_rate(self) -> float | None:
-        """The probability of an example to be in a logical batch; ``None`` before the training data is known."""
-        return self._run.mechanism.sample_rate if self._run.mechanism else None
-
-    @property
-    def num_releases(self) -> int:
-        """Noisy releases made so far, through resumes."""
-        return self._run.ledger.num_releases
-
-    @property
-    def budget(self) -> PrivacyBudget:
-        """What is spent and left in the present fit.
-
-        Raises:
-            PrivacyError: Before the fit has seen its training data.
-        """
-        return self._run.budget
 
     # ---- setup: one process needs neither launcher nor process group -------------------------------------------
 
@@ -164,7 +128,8 @@ class DPStrategy(DDPStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             checks.check_trainer(trainer)
-            checks.check_module(self._module)
+            if self._module.automatic_optimization:  # otherwise it is not known yet which layers see private data
+                checks.check_module(self._module)
         Strategy.setup(self, trainer)
         if fitting:
             checks.check_optimizers(self.optimizers)
@@ -188,9 +153,9 @@ class DPStrategy(DDPStrategy):
                 f"the train dataloader is a {type(self._module.trainer.train_dataloader).__name__} of several: "
                 "expected one DataLoader. Training on several datasets at once is not accounted for."
             )
-        self._keeping = self._step = None
+        self._forget()
         if self._rehearsal is not None:
-            self._rehearsal(self._run, self._moved, partial(Strategy.training_step, self))
+            self._rehearsal(self._run, self._moved, partial(Strategy.training_step, self), self._put)
 
     @contextmanager
     def rehearsing(self, rehearsal: Rehearsal) -> Iterator[None]:
@@ -209,34 +174,34 @@ class DPStrategy(DDPStrategy):
         assert self._run.loader is not None, "fit sets up the loader before its first step"
         self.budget.check_next()
         delivered, others = self._run.loader.take()
+        if not self._module.automatic_optimization:
+            checks.check_undivided(others)
 
         def run_step(data: Any) -> Any:
             return Strategy.training_step(self, data, *rest, **kwargs)
 
         keeping = self._begin(run_step)
         for other in others:
-            loss = self._forward(
-                keeping, PhysicalBatch(self._moved(other.data), other.num_rows, other.num_real), run_step
-            )
-            loss = loss.get("loss") if isinstance(loss, Mapping) else loss
+            moved = PhysicalBatch(self._moved(other.data), other.num_rows, other.num_real)
+            loss = checks.loss_of(self._forward(keeping, moved, run_step))
             if loss is not None:
                 self.backward(loss, self.optimizers[0])
-        return self._forward(keeping, PhysicalBatch(batch, delivered.num_rows, delivered.num_real), run_step)
+        output = self._forward(keeping, PhysicalBatch(batch, delivered.num_rows, delivered.num_real), run_step)
+        if self._module.automatic_optimization:
+            checks.loss_of(output)
+        return output
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a backward pass and put the clipped gradients of its samples into the sums."""
-        assert self._keeping is not None, "a forward pass comes first"
-        assert self._step is not None, "made together"
-        plugin = self.precision_plugin
-        self.pre_backward(closure_loss)
-        loss = plugin.pre_backward(closure_loss, self._module)
-        with self._keeping.recording():
-            plugin.backward(loss, self._module, optimizer, *args, **kwargs)
-        # Before the hook on_after_backward, which must not see a gradient without noise.
-        self._step.collect(self._keeping.close(), self._num_real)
-        loss = plugin.post_backward(loss, self._module)
-        self.post_backward(loss)
-        return loss
+        """Run a backward pass; the gradients of its samples go into the book, not into ``.grad``."""
+        plugin, stepping = self.precision_plugin, self._stepping
+        if not stepping.is_trial:
+            self.pre_backward(closure_loss)
+            closure_loss = plugin.pre_backward(closure_loss, self._module)
+        stepping.backward(closure_loss, lambda: plugin.backward(closure_loss, self._module, optimizer, *args, **kwargs))
+        if not stepping.is_trial:
+            closure_loss = plugin.post_backward(closure_loss, self._module)
+            self.post_backward(closure_loss)
+        return closure_loss
 
     def optimizer_step(
         self,
@@ -245,57 +210,47 @@ class DPStrategy(DDPStrategy):
         model: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Release the noisy gradient after the closure, so that every later hook and the optimizer see only that."""
+        """Let an optimizer step by released gradients."""
 
-        def private_closure() -> None:
-            closure()
-            if self._step is None or not self._step.num_pending:
-                raise PrivacyError(
-                    "optimizer.step() was called without a new training step: there is nothing to release. Call it "
-                    "once for every batch, with the closure that Lightning passes."
-                )
-            self.budget.book()
-            self._step.release()
-            # The loss is not returned: an optimizer that steps by it would step by private data.
+        def private_closure() -> Any:
+            with self._stepping.recording():
+                result = closure()
+            # Only now: under automatic optimization the training step, which may prepare another, is in the closure.
+            return self._stepping.release(optimizer, result)
 
-        return super().optimizer_step(optimizer, private_closure, model, **kwargs)
+        if self._stepping.is_trial:
+            return private_closure()
+        with self._stepping.paused():
+            return super().optimizer_step(optimizer, private_closure, model, **kwargs)
 
     def _begin(self, run_step: Callable[[Any], Any]) -> Keeping:
         """Begin a logical batch; on the first one, and when other parameters are trained, observe the model."""
         checks.check_trainer(self._module.trainer)
-        checks.check_module(self._module)
-        trained, others = checks.trained_parameters(self._module, self.optimizers)
-        checks.check_hooks(trained)
-        for parameter in trained.values():
-            parameter.grad = None  # of the step before: not an escape from the book
-        if self._keeping is None or self._step is None or not self._keeping.trains(trained):
-            assert self._run.loader is not None, "settled with the dataloader"
-            settings = self._run.settings
-            self._keeping = (LoopKeeping if settings.clipping_engine == "loop" else BookKeeping)(trained, others)
-            mean_loss = settings.loss_reduction == "mean"
-            observer = Observer(
-                self._module, self._run.loader, lambda data: run_step(self._moved(data)), mean_loss=mean_loss
-            )
-            observer.observe(self._keeping, trained, check=settings.self_check)
-            self._step = self._run.private_step(trained)
-        if self._step.num_pending:
-            raise PrivacyError(
-                "the batch before was trained on but never released: an override of optimizer_step skipped "
-                "optimizer.step(closure). Call it for every batch; a skipped step would mix two draws of examples."
-            )
-        self._keeping.abandon()
-        self._step.begin()
-        return self._keeping
+        prepared = self._prepared
+        if prepared is None or not prepared.holds_for(self._module):
+            prepared = prepare(self._module, self._run, lambda data: run_step(self._moved(data)), self._put)
+            self._prepared, self._stepping = prepared, prepared.stepping
+        self._stepping.begin_draw()
+        return prepared.keeping
 
     def _forward(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[[Any], Any]) -> Any:
-        self._num_real = batch.num_real
+        self._stepping.begin(batch.num_real)
         results = self._module.trainer._results
         if results is not None:  # what Lightning does for the batches it fetches itself
             results.batch, results.batch_size = batch.data, None
-        with keeping.recording(batch.num_rows):
-            output = run_step(batch.data)
-        checks.check_loss(output)
-        return output
+        try:
+            with keeping.recording(batch.num_rows):
+                return run_step(batch.data)
+        finally:
+            self._stepping.end()
+
+    def _put(self, stepping: Stepping) -> Stepping:
+        """Put another stepping behind the hooks, and return the one before."""
+        before, self._stepping = self._stepping, stepping
+        return before
+
+    def _forget(self) -> None:
+        self._prepared, self._stepping = None, Unprepared()
 
     def _moved(self, batch: Any) -> Any:
         """Do to a batch what Lightning does to those it fetches itself."""
@@ -319,9 +274,7 @@ class DPStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Leave nothing on the module, and the exact number of releases on disk; also after an exception."""
-        if self._step is not None:
-            self._step.drop()
-        self._keeping = self._step = None
+        self._forget()
         self._run.close()
         super().teardown()
 

@@ -1,26 +1,24 @@
 """Looking at a user's training step before the first release, without a trace in its metrics, buffers or logs.
 
-Owns: the batches that are looked at, and what is put back. Does not own: what is looked for (``bookkeeping``).
+Owns: the samples that are looked at. Does not own: how a step is tried (``trials``), what is put back
+(``undisturbed``) or what is looked for (``bookkeeping``).
 """
 
 from __future__ import annotations
 
-import copy
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping import BookKeeping, Keeping, Subject, self_check
 from lightning_dp.data import PoissonLoader
 from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.strategies.checks import check_loss
+from lightning_dp.strategies.trials import ManualTrial, Trial
+from lightning_dp.strategies.undisturbed import evaluating, undisturbed
 
 _LETTERS = "abcd"
 
@@ -31,15 +29,22 @@ class Observer:
     Args:
         module: The user's module.
         loader: Gives the samples, through the user's own ``collate_fn``.
-        run_step: Transfers a batch and runs the training step on it.
+        trial: Runs the training step.
         mean_loss: Whether the loss is the mean over the batch, rather than the sum.
     """
 
-    def __init__(
-        self, module: pl.LightningModule, loader: PoissonLoader, run_step: Callable[[Any], Any], *, mean_loss: bool
-    ) -> None:
-        self._module, self._loader, self._run_step, self._mean_loss = module, loader, run_step, mean_loss
+    def __init__(self, module: pl.LightningModule, loader: PoissonLoader, trial: Trial, *, mean_loss: bool) -> None:
+        self._module, self._loader, self._trial, self._mean_loss = module, loader, trial, mean_loss
         self._index: dict[str, int] = {}
+
+    def rehearse(self, trial: ManualTrial) -> tuple[list[Optimizer], set[Optimizer]]:
+        """Find out which optimizers step, and which of them do so by gradients that do not depend on the samples."""
+        self._choose_samples()
+        runs = []
+        for sample in self._index:
+            with undisturbed(self._module):  # each run, so that all draw the same random numbers
+                runs.append(trial.steps(self.batch(sample * 3), self.batch(sample * 3)))
+        return trial.compared(runs)
 
     def observe(self, keeping: Keeping, trained: dict[str, nn.Parameter], *, check: bool) -> None:
         """Observe, and check the bound on the user's own model, data and loss.
@@ -72,35 +77,34 @@ class Observer:
         return values
 
     def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
-        self._choose_samples()
-        keeping.observe(self._undisturbed_loss, varied=len(self._index) > 1)
+        if not self._index:
+            self._choose_samples()
+        keeping.observe(self._loss, varied=len(self._index) > 1)
         if not check or len(self._index) < 2:
             return
         subject = Subject(
-            keeping=keeping,
-            trained=trained,
             buffers={name: b for name, b in self._module.named_buffers() if isinstance(b, Tensor)},
-            loss_of=self._loss,
-            evaluating=lambda: _evaluating(self._module),
+            books=lambda samples: self._trial.books(keeping, self.batch(samples), len(samples)),
+            gradients=lambda samples: self._trial.gradients(trained, self.batch(samples)),
+            evaluating=lambda: evaluating(self._module),
             mean_loss=self._mean_loss,
             others="".join(self._index)[:0:-1],
+            smallest="aa" if any(map(_needs_two, self._module.modules())) else "a",
             coarse=str(self._module.trainer.precision).startswith("bf16"),
         )
         with undisturbed(self._module):
             self_check(subject)
 
     def _choose_samples(self) -> None:
-        """Choose up to four samples, evenly spread over the dataset, whose loss is finite."""
+        """Choose up to four samples, evenly spread over the dataset and of different sizes, whose loss is finite."""
         size, wanted = self._loader.num_examples, len(_LETTERS)
         count = min(4 * wanted, size)
         spread = [k * size // count for k in range(count)]
         found: list[int] = []
-        for index in (i for start in range(wanted) for i in spread[start::wanted]):
+        for index in self._varied([i for start in range(wanted) for i in spread[start::wanted]]):
             self._index = {"a": index}
-            with torch.no_grad(), undisturbed(self._module):
-                output = self._output("aa")
-            check_loss(output)
-            loss = output.get("loss") if isinstance(output, Mapping) else output
+            with undisturbed(self._module):
+                loss = self._trial.loss(self.batch("aa"))
             if loss is None or bool(loss.isfinite()):
                 found.append(index)
             if len(found) == wanted:
@@ -112,101 +116,30 @@ class Observer:
             )
         self._index = dict(zip(_LETTERS, found, strict=False))
 
-    def _undisturbed_loss(self, samples: str) -> Any:
+    def _varied(self, indices: list[int]) -> list[int]:
+        """Return the samples in an order in which sizes alternate: samples of one length hide what depends on it."""
+        by_size: dict[Any, list[int]] = {}
+        with undisturbed(self._module):
+            for index in indices:
+                by_size.setdefault(_size(self._loader.batch_of([index])), []).append(index)
+        return [index for few in zip_longest(*by_size.values()) for index in few if index is not None]
+
+    def _loss(self, samples: str) -> Tensor | None:
         with undisturbed(self._module):  # each pass, so that all begin with the same buffers
-            output = self._output(samples)
-            check_loss(output)
-        return output.get("loss") if isinstance(output, Mapping) else output
+            return self._trial.loss(self.batch(samples))
 
-    def _loss(self, samples: str) -> Tensor:
-        output = self._output(samples)
-        check_loss(output)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise UnsupportedModelError(
-                "the training step returned no loss for the first samples, so the bound cannot be checked on it. "
-                "Return a loss for every batch, or train without the check: DPStrategy(self_check=False)."
-            )
-        return loss
-
-    def _output(self, samples: str) -> Any:
+    def batch(self, samples: str) -> Any:
+        """Return a batch of the chosen samples that a string names: ``"aab"`` is ``[a, a, b]``."""
         only = self._index["a"]  # a dataset of one sample has no b
-        return self._run_step(self._loader.batch_of([self._index.get(s, only) for s in samples]))
+        return self._loader.batch_of([self._index.get(s, only) for s in samples])
 
 
-@contextmanager
-def undisturbed(module: pl.LightningModule) -> Iterator[None]:
-    """Put back afterwards: buffers, metrics, random number generators; inside, ``log`` goes nowhere."""
-    with ExitStack() as stack:
-        stack.enter_context(_same_random_numbers())
-        stack.enter_context(_same_buffers(module))
-        stack.enter_context(_same_metrics(module))
-        for name in ("log", "log_dict"):
-            stack.enter_context(_silenced(module, name))
-        yield
+def _needs_two(layer: nn.Module) -> bool:
+    """Whether a layer cannot run on one sample; where it is private it has been refused before."""
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
-def _same_buffers(module: nn.Module) -> Iterator[None]:
-    saved = [(owner, name, value, value.clone()) for owner, name, value in _buffers(module)]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for owner, name, buffer, value in saved:
-                buffer.copy_(value)
-                owner._buffers[name] = buffer
-
-
-def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for owner in module.modules():
-        for name, value in owner._buffers.items():
-            if value is not None:
-                yield owner, name, value
-
-
-@contextmanager
-def _same_metrics(module: nn.Module) -> Iterator[None]:
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    saved = [{name: copy.deepcopy(m.__dict__[name]) for name in _state_names(m)} for m in metrics]
-    try:
-        yield
-    finally:
-        for metric, before in zip(metrics, saved, strict=True):
-            metric.__dict__.update(before)
-
-
-def _state_names(metric: Metric) -> list[str]:
-    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
-    return [name for name in names if name in metric.__dict__]
-
-
-@contextmanager
-def _silenced(module: pl.LightningModule, name: str) -> Iterator[None]:
-    module.__dict__[name] = lambda *_args, **_kwargs: None
-    try:
-        yield
-    finally:
-        del module.__dict__[name]
+def _size(batch: Any) -> tuple[Any, ...]:
+    """Return what tells samples of different length apart, padded (the last value is repeated) or not."""
+    tensors = [t for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.numel()]
+    return tuple((tuple(t.shape), int((t == t.flatten()[-1]).sum())) for t in tensors)

@@ -6,21 +6,24 @@ for the dataloader that is being made.
 
 from __future__ import annotations
 
+import math
+
 import lightning.pytorch as pl
 
 
-def planned_steps(trainer: pl.Trainer, batches_per_epoch: int) -> int | None:
-    """Return the number of optimizer steps from the first to the last, or ``None`` if there is no limit.
+def planned_steps(trainer: pl.Trainer, batches_per_epoch: int, steps_per_batch: int = 1) -> int | None:
+    """Return the number of logical batches from the first to the last, or ``None`` if there is no limit.
 
     Args:
         trainer: Gives ``max_steps``, ``max_epochs`` and ``limit_train_batches``.
         batches_per_epoch: The length of the train dataloader.
+        steps_per_batch: Optimizer steps in one training step, each of which counts towards ``max_steps``.
     """
     limit = trainer.limit_train_batches
     per_epoch = int(batches_per_epoch * limit) if isinstance(limit, float) else min(batches_per_epoch, limit or 0)
     limits = []
     if trainer.max_steps is not None and trainer.max_steps >= 0:
-        limits.append(trainer.max_steps)
+        limits.append(math.ceil(trainer.max_steps / steps_per_batch))
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         limits.append(trainer.max_epochs * per_epoch)
     return max(1, min(limits)) if limits else None

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Journal, Ledger
 from lightning_dp.budget import PrivacyBudget
@@ -41,6 +43,7 @@ class PrivateRun:
     def __init__(self, settings: PrivacySettings) -> None:
         self.settings, self.ledger = settings, Ledger()
         self.loader: PoissonLoader | None = None
+        self._user: DataLoader[object] | None = None
         self.mechanism: Mechanism | None = None
         self._budget: PrivacyBudget | None = None
         self._journal = Journal()
@@ -73,26 +76,69 @@ class PrivateRun:
         Raises:
             PrivacyConfigurationError: If the dataloader, the settings and the trainer do not go together.
         """
-        user = check_dataloader(dataloader)
-        planned = planned_steps(trainer, len(user))
-        mechanism = self.mechanism = self.settings.plan(user, world_size, planned, self.ledger)
+        user = self._user = check_dataloader(dataloader)
+        module, optimizers = trainer.lightning_module, len(trainer.strategy.optimizers)
+        manual = not module.automatic_optimization
+        mechanism = self.settle(trainer, world_size, steps_per_draw=max(1, optimizers), announce=not manual)
+        rate, size = mechanism.sample_rate, self.settings.physical_batch_size(user.batch_size or 1)
+        if manual:
+            size = self.settings.undivided_batch_size(len(user.dataset), rate)  # type: ignore[arg-type]
+        self.loader = PoissonLoader(
+            user,
+            sample_rate=rate,
+            num_batches=len(user),
+            max_physical_batch_size=size,
+            random=self._sampling,
+            constant_size=manual and optimizers > 1,
+        )
+        return self.loader
+
+    def settle(
+        self,
+        trainer: pl.Trainer,
+        world_size: int,
+        *,
+        releases_per_draw: int = 1,
+        steps_per_draw: int = 1,
+        announce: bool = True,
+    ) -> Mechanism:
+        """Settle mechanism and budget.
+
+        Args:
+            trainer: Gives the number of steps.
+            world_size: Number of processes.
+            releases_per_draw: Noisy gradients released from one logical batch.
+            steps_per_draw: Optimizer steps in one training step, those without noise included.
+            announce: Whether to say which noise was calibrated.
+        """
+        assert self._user is not None, "the dataloader comes first"
+        planned = planned_steps(trainer, len(self._user), steps_per_draw)
+        mechanism = self.settings.plan(self._user, world_size, planned, self.ledger, releases_per_draw)
         self._budget = PrivacyBudget(
             mechanism,
             self.settings.resolved_accountant(),
             self.ledger,
             self._journal,
-            delta=self._smallest_delta(len(user.dataset)),  # type: ignore[arg-type]
+            delta=self._smallest_delta(len(self._user.dataset)),  # type: ignore[arg-type]
             target_epsilon=self.settings.target_epsilon,
             planned_steps=planned,
         )
-        self.loader = PoissonLoader(
-            user,
-            sample_rate=mechanism.sample_rate,
-            num_batches=len(user),
-            max_physical_batch_size=self.settings.physical_batch_size(user.batch_size or 1),
-            random=self._sampling,
+        self.mechanism = mechanism
+        if announce:
+            self._announce(mechanism, self._budget)
+        return mechanism
+
+    def _announce(self, mechanism: Mechanism, budget: PrivacyBudget) -> None:
+        if mechanism.noise_multiplier == 0:
+            _log.warning("noise_multiplier=0: this run is NOT private, its epsilon is infinite.")
+        if self.settings.noise_multiplier is not None or self.ledger.num_releases:
+            return
+        several = mechanism.releases_per_draw
+        rank_zero_info(
+            f"Privacy: noise_multiplier {mechanism.noise_multiplier:.4g} calibrated to epsilon "
+            f"{budget.target_epsilon:g} at delta {budget.delta:.3g} for {budget.planned_steps} steps"
+            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}."
         )
-        return self.loader
 
     def _smallest_delta(self, num_examples: int) -> float:
         """Return delta; a default one only shrinks, since it must suit every dataset that was released from."""

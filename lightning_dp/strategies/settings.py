@@ -5,19 +5,16 @@ Owns: the meaning of the arguments: delta, sample rate, number of steps, calibra
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier, compute_epsilon, resolve_accountant
 from lightning_dp.clipping import Clipping, resolve_clipping
+from lightning_dp.data import largest_draw
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism import Mechanism
-
-_log = logging.getLogger("lightning_dp")
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,24 @@ class PrivacySettings:
         """Return the most examples to process at a time, for a dataloader of this batch size."""
         return 1 if self.clipping_engine == "loop" else self.max_physical_batch_size or batch_size
 
+    def undivided_batch_size(self, num_examples: int, sample_rate: float) -> int:
+        """Return the size of a batch that holds a whole logical batch, as manual optimization needs it.
+
+        Raises:
+            PrivacyConfigurationError: If the settings divide logical batches.
+        """
+        size = largest_draw(num_examples, sample_rate)
+        if self.clipping_engine == "loop" or (self.max_physical_batch_size or size) < size:
+            limit = "clipping_engine='loop'"
+            if self.clipping_engine == "book":
+                limit = f"max_physical_batch_size={self.max_physical_batch_size}"
+            raise PrivacyConfigurationError(
+                f"{limit} with automatic_optimization=False: a training step that steps its optimizers itself runs on "
+                f"a whole logical batch, of up to {size} samples here. Leave the setting out, or use automatic "
+                "optimization."
+            )
+        return size
+
     def resolved_clipping(self) -> Clipping:
         """Return the clipping that the arguments name."""
         return resolve_clipping(self.clipping, self.max_grad_norm)
@@ -93,14 +108,22 @@ class PrivacySettings:
             )
         return delta
 
-    def plan(self, loader: DataLoader[object], world_size: int, planned_steps: int | None, ledger: Ledger) -> Mechanism:
+    def plan(
+        self,
+        loader: DataLoader[object],
+        world_size: int,
+        planned_steps: int | None,
+        ledger: Ledger,
+        releases_per_draw: int = 1,
+    ) -> Mechanism:
         """Return the mechanism of a fit.
 
         Args:
             loader: The user's dataloader; its batch size is the expected batch size of one process.
             world_size: Number of processes.
-            planned_steps: Releases planned in all; ``None`` if the trainer has no limit.
+            planned_steps: Logical batches planned in all; ``None`` if the trainer has no limit.
             ledger: Releases made before.
+            releases_per_draw: Noisy gradients released from one logical batch.
 
         Raises:
             PrivacyConfigurationError: If batch size, noise, target and steps do not go together.
@@ -115,29 +138,24 @@ class PrivacySettings:
             )
         rate = expected / num_examples
         delta = self.delta(num_examples)
-        noise = self._noise(rate, delta, planned_steps, ledger)
-        self._check_first_step(noise, rate, delta, planned_steps, ledger)
-        return Mechanism(noise, self.resolved_clipping(), rate, float(expected))
+        several = math.sqrt(releases_per_draw)
+        noise = self._noise(rate, delta, planned_steps, ledger, several)
+        self._check_first_step(noise, rate, delta, planned_steps, ledger, several)
+        return Mechanism(noise, self.resolved_clipping(), rate, float(expected), releases_per_draw)
 
-    def _noise(self, rate: float, delta: float, planned_steps: int | None, ledger: Ledger) -> float:
-        if self.noise_multiplier == 0:
-            _log.warning("noise_multiplier=0: this run is NOT private, its epsilon is infinite.")
+    def _noise(self, rate: float, delta: float, planned_steps: int | None, ledger: Ledger, several: float) -> float:
+        """Return the noise multiplier of each release; all from one draw count as one with ``1 / several`` of it."""
         if self.noise_multiplier is not None:
             return float(self.noise_multiplier)
         assert self.target_epsilon is not None, "checked with the arguments"
         if ledger.num_releases:
-            return _noise_so_far(ledger, rate)
+            return several * _noise_so_far(ledger, rate)
         if planned_steps is None:
             raise PrivacyConfigurationError(
                 "the noise cannot be calibrated without a planned number of steps: the trainer has max_epochs=-1 and "
                 "max_steps=-1. Give the Trainer max_epochs or max_steps, or give noise_multiplier to DPStrategy."
             )
-        noise = self._calibrated(self.target_epsilon, rate, delta, planned_steps)
-        rank_zero_info(
-            f"Privacy: noise_multiplier {noise:.4g} calibrated to epsilon {self.target_epsilon:g} at delta {delta:.3g} "
-            f"for {planned_steps} steps at sample rate {rate:.4g}."
-        )
-        return noise
+        return several * self._calibrated(self.target_epsilon, rate, delta, planned_steps)
 
     def _calibrated(self, target_epsilon: float, rate: float, delta: float, num_steps: int) -> float:
         return calibrate_noise_multiplier(
@@ -149,18 +167,18 @@ class PrivacySettings:
         )
 
     def _check_first_step(
-        self, noise: float, rate: float, delta: float, planned_steps: int | None, ledger: Ledger
+        self, noise: float, rate: float, delta: float, planned_steps: int | None, ledger: Ledger, several: float
     ) -> None:
         """Refuse a budget that does not allow a single step, and say what would."""
         if self.target_epsilon is None or ledger.num_releases or self.noise_multiplier is None:
             return
         first = compute_epsilon(
-            noise_multiplier=noise, sample_rate=rate, num_steps=1, delta=delta, accountant=self.accountant
+            noise_multiplier=noise / several, sample_rate=rate, num_steps=1, delta=delta, accountant=self.accountant
         )
         if first <= self.target_epsilon:
             return
         steps = planned_steps or 1
-        enough = self._calibrated(self.target_epsilon, rate, delta, steps)
+        enough = several * self._calibrated(self.target_epsilon, rate, delta, steps)
         raise PrivacyConfigurationError(
             f"target_epsilon={self.target_epsilon:g} is too small for a single step with noise_multiplier={noise:g} at "
             f"sample rate {rate:.4g}, which spends epsilon {first:.4g} at delta {delta:.3g}. Use noise_multiplier="

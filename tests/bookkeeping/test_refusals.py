@@ -65,14 +65,16 @@ def test_scripted_function() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer versions of torch warn of tracing
         scripted = torch.jit.trace(lambda x, w: x * w, (torch.ones(3), torch.ones(3)))
-    refused_raw(lambda m, x: scripted(x, m.w), (5,), "'w' received a gradient that is not in the book", w=rand(5))
+    refused_raw(
+        lambda m, x: scripted(x, m.w), (5,), r"'w' enters an operation \(Mul, .*test_refusals.py:\d+\)", w=rand(5)
+    )
 
 
 def test_vmap_over_samples() -> None:
     refused_raw(
         lambda m, x: torch.vmap(lambda xi: F.linear(xi, m.w))(x),
         (5,),
-        "was not used when the model was observed",
+        r"'w' enters an operation \(.*test_refusals.py:\d+\) that torch does not let us see.*torch.vmap",
         w=rand(3, 5),
     )
 

@@ -159,12 +159,6 @@ def test_lbfgs():
     refused("LBFGS evaluates the loss several times", module=Regression(optimizer=torch.optim.LBFGS))
 
 
-def test_manual_optimization():
-    module = Regression()
-    module.automatic_optimization = False
-    refused("automatic_optimization=False", module=module)
-
-
 def test_no_trainable_parameter():
     module = Regression()
     module.net.requires_grad_(False)

@@ -59,6 +59,58 @@ def test_a_token_mean_over_ragged_lengths(pad_to):
     fit(Tagger(ldp.per_sample_mean), ragged(pad_to))
 
 
+def test_a_token_mean_where_the_first_samples_have_one_length():
+    data = ragged()
+    data.dataset[:] = [ids[:2] if k % 16 else ids for k, ids in enumerate(data.dataset)]  # one in sixteen is longer
+    assert {len(ids) for ids in data.dataset} != {2}
+    token_mean = Tagger(lambda loss, mask: (loss * mask).sum() / mask.sum())
+    with pytest.raises(UNSUPPORTED, match=r"\(c\).*rescaled"):
+        fit(token_mean, data)
+
+
+class Noisy(Regression):
+    """A loss with noise in it, drawn anew for every sample in one of the ways of torch."""
+
+    def __init__(self, draw, reduce=torch.mean):
+        super().__init__(nn.Linear(3, 4))
+        self.head, self.draw, self.reduce = nn.Linear(4, 3), draw, reduce
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0]
+        return self.reduce((self.head(self.draw(self.net(x))) - x).square().mean(1))
+
+
+def one_hot_draw(h):
+    return F.one_hot(torch.multinomial(h.softmax(1), 2, replacement=True), 4).sum(1) * h
+
+
+DRAWS = {
+    "randn_like": lambda h: h + torch.randn_like(h),
+    "randn": lambda h: h + torch.randn(h.shape[0], 4),
+    "rand": lambda h: h + torch.rand(len(h), 1),
+    "randint": lambda h: h * torch.randint(1, 9, (len(h),))[:, None],
+    "normal": lambda h: torch.distributions.Normal(h, h.exp()).rsample(),
+    "bernoulli": lambda h: h * torch.bernoulli(h.sigmoid().detach()),
+    "multinomial": one_hot_draw,
+    "in place": lambda h: h + torch.empty_like(h).normal_(),
+    "two rows each": lambda h: h + torch.randn(2 * len(h), 4).unflatten(0, (-1, 2)).sum(1),
+    "row first": lambda h: h + torch.randn(2, len(h), 4).flatten(0, 1).unflatten(0, (2, -1)).sum(0),
+    "always dropout": lambda h: F.dropout(h, 0.5, training=True),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_loss_with_noise_in_it(draw):
+    fit(Noisy(DRAWS[draw]))
+    with pytest.raises(UNSUPPORTED, match=r"\(c\).*left out.*not the mean over the samples"):
+        fit(Noisy(DRAWS[draw], torch.sum))
+
+
+def test_noise_that_is_shared_out_among_the_samples():
+    with pytest.raises(UNSUPPORTED, match=r"test_self_check.py:\d+.* a sample changes what .* for another sample"):
+        fit(Noisy(lambda h: h[torch.randperm(len(h))] * h))
+
+
 def test_a_sum_declared_as_a_mean_and_the_reverse():
     class Sum(Regression):
         def training_step(self, batch, batch_idx):

@@ -20,6 +20,7 @@ from lightning_dp.bookkeeping.rules.convolution import convolution, transposed_c
 from lightning_dp.bookkeeping.rules.embedding import embedding
 from lightning_dp.bookkeeping.rules.linear import addmm, linear, matmul
 from lightning_dp.bookkeeping.rules.normalization import group_norm, layer_norm, rms_norm
+from lightning_dp.bookkeeping.rules.registered import REGISTERED
 
 _RULES: dict[Callable[..., Any], Rule] = {
     F.linear: linear,
@@ -56,4 +57,4 @@ _RULES: dict[Callable[..., Any], Rule] = {
 
 def find_rule(func: Callable[..., Any]) -> Rule | None:
     """Return the rule of a torch function, or ``None``."""
-    return _RULES.get(func)
+    return _RULES.get(func) or REGISTERED.get(func)

@@ -1,0 +1,156 @@
+"""What must be known of a model before its first release: who is private, and where the samples lie.
+
+Owns: the order of the looking, and what follows from it. Does not own: any single look (``observing``, ``trials``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
+from lightning_dp.strategies import checks
+from lightning_dp.strategies.manual import Groups, ManualStepping
+from lightning_dp.strategies.observing import Observer
+from lightning_dp.strategies.run import PrivateRun
+from lightning_dp.strategies.stepping import AutomaticStepping, Stepping
+from lightning_dp.strategies.trials import AutomaticTrial, ManualTrial
+
+Parameters = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was looked at.
+
+    Args:
+        keeping: Finds its per-sample gradients.
+        stepping: Releases them.
+        public: The optimizers whose gradients do not depend on the training data.
+    """
+
+    keeping: Keeping
+    stepping: Stepping
+    public: Set[Optimizer]
+
+    def holds_for(self, module: pl.LightningModule) -> bool:
+        """Whether the same parameters are still to be trained.
+
+        Raises:
+            PrivacyError: If something has appeared since that cannot be trained privately.
+        """
+        trained, _ = _checked_parameters(module, self.public)
+        return self.keeping.trains(trained)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a training step trains, and by what it is looked at.
+
+    Args:
+        trial: Runs it.
+        observer: Looks at it.
+        trained: The parameters that are trained privately, by name.
+        others: Further parameters that require a gradient.
+        steps: The optimizers in the order of their steps in one training step; known under manual optimization only.
+        public: Those whose gradients do not depend on the training data.
+    """
+
+    trial: AutomaticTrial | ManualTrial
+    observer: Observer
+    trained: Parameters
+    others: Parameters
+    steps: Sequence[Optimizer] = ()
+    public: Set[Optimizer] = frozenset()
+
+
+def prepare(
+    module: pl.LightningModule,
+    run: PrivateRun,
+    run_step: Callable[[Any], Any],
+    put: Callable[[Stepping], Stepping],
+) -> Prepared:
+    """Look at a model's training step.
+
+    Args:
+        module: The user's module.
+        run: Gives the samples, the settings, the mechanism and the budget.
+        run_step: Transfers a batch and runs the training step on it.
+        put: Puts a `Stepping` behind the hooks of the strategy, and returns the one that was there.
+
+    Raises:
+        PrivacyError: If it cannot be trained privately.
+    """
+    found = find(module, run, run_step, put)
+    loops = run.settings.clipping_engine == "loop" and module.automatic_optimization
+    keeping = (LoopKeeping if loops else BookKeeping)(found.trained, found.others)
+    found.observer.observe(keeping, found.trained, check=run.settings.self_check)
+    if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
+        return _prepare_manual(module, run, keeping, found, found.trial.groups)
+    return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.budget), frozenset())
+
+
+def find(
+    module: pl.LightningModule,
+    run: PrivateRun,
+    run_step: Callable[[Any], Any],
+    put: Callable[[Stepping], Stepping],
+) -> Found:
+    """Find out what a training step trains; arguments as for `prepare`.
+
+    Raises:
+        PrivacyError: If that cannot be trained privately.
+    """
+    mean_loss = run.settings.loss_reduction == "mean"
+    assert run.loader is not None, "settled with the dataloader"
+    if module.automatic_optimization:
+        trial = AutomaticTrial(run_step)
+        trained, others = _checked_parameters(module)
+        return Found(trial, Observer(module, run.loader, trial, mean_loss=mean_loss), trained, others)
+    manual = ManualTrial(module, run_step, put)
+    observer = Observer(module, run.loader, manual, mean_loss=mean_loss)
+    steps, public = observer.rehearse(manual)
+    trained, others = _checked_parameters(module, public)
+    manual.groups = checks.named_groups(module, [o for o in module.trainer.optimizers if o not in public])
+    return Found(manual, observer, trained, others, steps, public)
+
+
+def _prepare_manual(
+    module: pl.LightningModule, run: PrivateRun, keeping: BookKeeping, found: Found, groups: Groups
+) -> Prepared:
+    releases = max(1, sum(optimizer not in found.public for optimizer in found.steps))
+    world_size = module.trainer.world_size
+    run.settle(module.trainer, world_size, releases_per_draw=releases, steps_per_draw=len(found.steps))
+    _announce(module.trainer.optimizers, found.public)
+    stepping = ManualStepping(keeping, run.private_step(found.trained), run.budget, groups, releases)
+    return Prepared(keeping, stepping, found.public)
+
+
+def _checked_parameters(
+    module: pl.LightningModule, public: Set[Optimizer] = frozenset()
+) -> tuple[Parameters, Parameters]:
+    """Return the trained parameters and the others that require a gradient, after all checks of the module."""
+    checks.check_module(module, public)
+    private = [optimizer for optimizer in module.trainer.optimizers if optimizer not in public]
+    trained, others = checks.trained_parameters(module, private, public)
+    checks.check_hooks(trained)
+    if module.automatic_optimization:
+        for parameter in trained.values():
+            parameter.grad = None  # of the step before: not an escape from the book
+    return trained, others
+
+
+def _announce(optimizers: list[Optimizer], public: Set[Optimizer]) -> None:
+    for k, optimizer in enumerate(optimizers):
+        if optimizer in public:
+            count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+            rank_zero_info(
+                f"Privacy: the gradients of optimizer {k} ({type(optimizer).__name__}, {count:,} parameters) do not "
+                "depend on the training data, as far as observed: it steps without noise."
+            )

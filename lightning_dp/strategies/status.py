@@ -1,0 +1,49 @@
+"""What a user may ask a private strategy.
+
+Owns: the properties. Does not own: what they tell (``run``).
+"""
+
+from __future__ import annotations
+
+from lightning_dp.budget import PrivacyBudget
+from lightning_dp.strategies.run import PrivateRun
+
+
+class PrivacyStatus:
+    """Epsilon, delta, noise, rate and releases of a run; the same for every private strategy."""
+
+    _run: PrivateRun
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon spent by all releases so far, through resumes: an upper bound, in nats."""
+        return self._run.epsilon
+
+    @property
+    def delta(self) -> float | None:
+        """The delta that epsilon is for; ``None`` before the training data is known, if none was given."""
+        return self._run.delta
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """The noise multiplier, given or calibrated; ``None`` before it is calibrated."""
+        return self._run.mechanism.noise_multiplier if self._run.mechanism else self._run.settings.noise_multiplier
+
+    @property
+    def sample_rate(self) -> float | None:
+        """The probability of an example to be in a logical batch; ``None`` before the training data is known."""
+        return self._run.mechanism.sample_rate if self._run.mechanism else None
+
+    @property
+    def num_releases(self) -> int:
+        """Logical batches released from so far, through resumes: noisy steps, or draws under manual optimization."""
+        return self._run.ledger.num_releases
+
+    @property
+    def budget(self) -> PrivacyBudget:
+        """What is spent and left in the present fit.
+
+        Raises:
+            PrivacyError: Before the fit has seen its training data.
+        """
+        return self._run.budget

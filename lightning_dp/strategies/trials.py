@@ -1,0 +1,258 @@
+"""Trials: a training step is run on a few samples to be looked at, and nothing comes of it.
+
+Owns: what a step's losses, books and ordinary gradients are, under automatic and under manual optimization. Does not
+own: the samples (``observing``), or what is looked for (``bookkeeping``).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import do_nothing_closure
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dp.bookkeeping import Book, BookKeeping, Keeping
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
+from lightning_dp.strategies.checks import loss_of
+from lightning_dp.strategies.manual import Groups, PendingGradients
+from lightning_dp.strategies.stepping import Stepping
+
+Gradients = Mapping[str, Tensor]
+
+Step = tuple[Optimizer, dict[int, Tensor]]
+"""What an optimizer stepped by: the gradients of its parameters by ``id``."""
+
+
+class Trial(ABC):
+    """Runs a training step; no parameter changes and nothing is released.
+
+    A *release* below is what one noisy gradient would be made of: one for each training step, under manual optimization
+    one for each step of a private optimizer.
+    """
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Tensor | None:
+        """Run the forward pass, and return what a backward pass would start from."""
+
+    @abstractmethod
+    def books(self, keeping: BookKeeping, batch: Any, num_samples: int) -> list[Book]:
+        """Return the book of every release."""
+
+    @abstractmethod
+    def gradients(self, trained: Mapping[str, nn.Parameter], batch: Any) -> list[Gradients]:
+        """Return the gradients of every release by ordinary autograd."""
+
+
+class AutomaticTrial(Trial):
+    """A training step that returns its loss.
+
+    Args:
+        run_step: Transfers a batch and runs the training step on it.
+    """
+
+    def __init__(self, run_step: Callable[[Any], Any]) -> None:
+        self._run_step = run_step
+
+    def loss(self, batch: Any) -> Tensor | None:
+        """Return the loss, if there is one."""
+        return loss_of(self._run_step(batch))
+
+    def books(self, keeping: Keeping, batch: Any, num_samples: int) -> list[Book]:
+        """Return the one book."""
+        with keeping.recording(num_samples):
+            loss = self._required_loss(batch)
+        with keeping.recording():
+            loss.backward()
+        return [keeping.close()]
+
+    def gradients(self, trained: Mapping[str, nn.Parameter], batch: Any) -> list[Gradients]:
+        """Return the gradients of the loss."""
+        found = torch.autograd.grad(self._required_loss(batch), list(trained.values()), allow_unused=True)
+        return [{n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), found, strict=True)}]
+
+    def _required_loss(self, batch: Any) -> Tensor:
+        loss = self.loss(batch)
+        if loss is None:
+            raise UnsupportedModelError(
+                "the training step returned no loss for the first samples, so the bound cannot be checked on it. "
+                "Return a loss for every batch, or train without the check: DPStrategy(self_check=False)."
+            )
+        return loss
+
+
+class ManualTrial(Trial):
+    """A training step that runs backward passes and optimizers itself.
+
+    Args:
+        module: The user's module.
+        run_step: Transfers a batch and runs the training step on it.
+        put: Puts a `Stepping` behind the hooks of the strategy, and returns the one that was there.
+    """
+
+    def __init__(
+        self, module: pl.LightningModule, run_step: Callable[[Any], Any], put: Callable[[Stepping], Stepping]
+    ) -> None:
+        self._module, self._run_step, self._put = module, run_step, put
+        self.groups: Groups = {}
+
+    def loss(self, batch: Any) -> Tensor | None:
+        """Return the sum of all losses that a backward pass was asked for."""
+        stepping = _Traced()
+        self._run(stepping, batch)
+        return cast(Tensor, sum(stepping.losses)) if stepping.losses else None
+
+    def books(self, keeping: BookKeeping, batch: Any, num_samples: int) -> list[Book]:
+        """Return the book of every step of a private optimizer."""
+        stepping = _Recorded(keeping, self.groups)
+        with keeping.recording(num_samples):
+            self._run(stepping, batch)
+        keeping.abandon()
+        return stepping.books
+
+    def gradients(self, trained: Mapping[str, nn.Parameter], batch: Any) -> list[Gradients]:
+        """Return the gradients at every step of a private optimizer."""
+        steps = self.steps(batch)
+        return [
+            {name: gradients[id(p)] for name, p in self.groups[optimizer].items()}
+            for optimizer, gradients in steps
+            if optimizer in self.groups
+        ]
+
+    def steps(self, *batches: Any) -> list[Step]:
+        """Return every optimizer's steps in training steps that follow each other."""
+        stepping = _Ordinary()
+        self._run(stepping, *batches)
+        return stepping.steps
+
+    def compared(self, runs: list[list[Step]]) -> tuple[list[Optimizer], set[Optimizer]]:
+        """Find out which optimizers are public: their gradients are exactly the same whatever the samples are.
+
+        Args:
+            runs: The steps in two training steps on the same samples, so that what the first leaves behind is seen in
+                the second; for several batches of equal size and of different samples.
+
+        Returns:
+            The optimizers in the order of their steps in one training step, and the public ones.
+
+        Raises:
+            PrivacyConfigurationError: If an optimizer makes no step.
+        """
+        order, optimizers = [optimizer for optimizer, _ in runs[0]], self._module.trainer.optimizers
+        for k, optimizer in enumerate(optimizers):
+            if optimizer not in order:
+                raise PrivacyConfigurationError(
+                    f"optimizer {k} ({type(optimizer).__name__}) made no step when the training step was observed "
+                    "before the first batch, so it is not known whether its gradients depend on the training data. Let "
+                    "the training step for batch_idx=0 step every optimizer of self.optimizers()."
+                )
+        public = {optimizer for optimizer in optimizers if len(runs) > 1 and _all_equal(optimizer, runs)}
+        private = {id(p) for optimizer in optimizers if optimizer not in public for p in _parameters(optimizer)}
+        shares = {optimizer for optimizer in public if any(id(p) in private for p in _parameters(optimizer))}
+        none_is_private = len(public) == len(optimizers)
+        return order[: math.ceil(len(order) / 2)], set() if none_is_private else public - shares
+
+    def _run(self, stepping: Stepping, *batches: Any) -> None:
+        with self._without_effect(stepping):
+            for batch in batches:
+                self._run_step(batch)
+
+    @contextmanager
+    def _without_effect(self, stepping: Stepping) -> Iterator[None]:
+        """Put back afterwards: gradients, schedules, what the trainer counts."""
+        strategy, parameters = self._module.trainer.strategy, list(self._module.parameters())
+        gradients = [p.grad for p in parameters]
+        counters = [(o, o._on_before_step, o._on_after_step) for o in strategy._lightning_optimizers]
+        schedules = [(c.scheduler, copy.deepcopy(c.scheduler.state_dict())) for c in strategy.lr_scheduler_configs]
+        groups = [(group, dict(group)) for optimizer in strategy.optimizers for group in optimizer.param_groups]
+        before = self._put(stepping)
+        try:
+            for p in parameters:
+                p.grad = None
+            for wrapped, *_ in counters:
+                wrapped._on_before_step = wrapped._on_after_step = do_nothing_closure
+            with warnings.catch_warnings():  # in a trial no optimizer steps before a schedule does
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                yield
+        finally:
+            self._put(before)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            for wrapped, on_before_step, on_after_step in counters:
+                wrapped._on_before_step, wrapped._on_after_step = on_before_step, on_after_step
+            for schedule, state in schedules:
+                schedule.load_state_dict(state)
+            for group, settings in groups:
+                group.update(settings)
+
+
+class _Traced(Stepping):
+    """Notes the losses, and does nothing."""
+
+    is_trial = True
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+
+    def backward(self, loss: Tensor, run: Callable[[], None]) -> None:
+        self.losses.append(loss)
+
+    def release(self, optimizer: Optimizer, result: Any) -> Any:
+        return result
+
+
+class _Ordinary(Stepping):
+    """Runs backward passes as without privacy, and notes what every optimizer would step by."""
+
+    is_trial = True
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def backward(self, loss: Tensor, run: Callable[[], None]) -> None:
+        run()
+
+    def release(self, optimizer: Optimizer, result: Any) -> Any:
+        gradients = {id(p): torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in _parameters(optimizer)}
+        self.steps.append((optimizer, gradients))
+        return result
+
+
+class _Recorded(Stepping):
+    """Notes the book that every private optimizer would release."""
+
+    is_trial = True
+
+    def __init__(self, keeping: BookKeeping, groups: Groups) -> None:
+        self.books: list[Book] = []
+        self._keeping, self._groups, self._pending = keeping, groups, PendingGradients(keeping, groups)
+
+    def backward(self, loss: Tensor, run: Callable[[], None]) -> None:
+        self._pending.backward(run)
+
+    def release(self, optimizer: Optimizer, result: Any) -> Any:
+        if optimizer in self._groups:
+            with self._keeping.paused():
+                self.books.append(self._pending.take(optimizer))
+        return result
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _all_equal(optimizer: Optimizer, runs: list[list[Step]]) -> bool:
+    first, *others = [[gradients for o, gradients in run if o is optimizer] for run in runs]
+    return all(
+        len(other) == len(first)
+        and all(torch.equal(g[key], h[key]) for g, h in zip(first, other, strict=True) for key in g)
+        for other in others
+    )
