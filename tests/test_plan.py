@@ -21,6 +21,7 @@ from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.coverage import timing
 from lightning_dp.coverage.names import collapsed
 from tests.models import Regression, loader, parameters, trainer
+from tests.strategies.test_manual import GAN, real_samples
 from tests.strategies.test_self_check import Opaque
 from tests.test_cli import command_line
 
@@ -556,6 +557,34 @@ def test_a_model_that_cannot_be_observed():
 def test_another_strategy_is_an_error():
     with pytest.raises(ldp.PrivacyConfigurationError, match="a plan with strategy=SingleDeviceStrategy: expected"):
         ldp.plan(pl.Trainer(accelerator="cpu", logger=False), Regression(), loader())
+
+
+def test_manual_optimization_is_covered_and_its_public_optimizer_told(capsys):
+    module, dp = GAN().double(), ldp.DPStrategy(noise_multiplier=1.0)
+    before, fit = parameters(module), trainer(dp, max_epochs=2, max_steps=-1)
+    found = ldp.plan(fit, module, real_samples())
+    assert found.public == tuple(name for name in before if name.startswith("generator"))
+    assert set(rows(found)) == {name for name in before if name.startswith("discriminator")}
+    assert rows(found)["discriminator.0.weight"].functions == ("linear ×2",)
+    printed = capsys.readouterr().out
+    assert "planned logical batches" in printed
+    assert "Trained without noise" in printed
+    assert found.self_check.startswith("passed")
+    assert found.time_ratio is not None
+    assert (dp.num_releases, fit.global_step) == (0, 0)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())
+    fit.fit(module, real_samples())
+    assert (dp.num_releases, dp.epsilon) == (found.steps, found.epsilon)
+
+
+def test_manual_optimization_that_couples_samples_is_refused():
+    class Coupled(GAN):
+        def judged(self, x, truth):
+            out = self.discriminator(x)
+            return (out - out.mean(0)).square().mean() + super().judged(x, truth)
+
+    found = ldp.plan(trainer(ldp.DPStrategy(noise_multiplier=1.0)), Coupled().double(), real_samples(), show=False)
+    assert "self-check" in found.errors[0]
 
 
 # ---- nothing is left ----------------------------------------------------------------------------------------------

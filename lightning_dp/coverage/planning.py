@@ -163,6 +163,8 @@ class _Rehearsal:
         self._tried(run.budget.check_next)
         found: list[Found] = []
         if self._tried(lambda: found.append(find(self._module, run, self._run_step, self._put))):
+            held = {id(p) for o in found[0].public for group in o.param_groups for p in group["params"]}
+            plan.public = tuple(name for name, p in self._module.named_parameters() if id(p) in held)
             self._model(self._bench(found[0]))
         self._settings(len(found[0].steps) if found else 1)
 
@@ -181,6 +183,7 @@ class _Rehearsal:
         limits = [] if budget.releases_left is None else [budget.releases_left]
         if budget.planned_steps is not None:
             limits.append(max(0, budget.planned_steps - self._trainer.global_step // max(1, steps_per_draw)))
+        plan.steps_per_batch = max(1, steps_per_draw)
         plan.steps = min(limits, default=None)
         plan.epsilon = None if plan.steps is None else budget.epsilon_after(plan.steps)
 

@@ -56,13 +56,15 @@ class Plan:
         num_frozen: Elements of the parameters that do not require a gradient.
         frozen: How many parameters those are.
         untrained: The names of the parameters that require a gradient, but that no optimizer has.
+        public: The names of the parameters that are trained without noise, since no example has a part in them.
         engine: ``"book"`` or ``"loop"``.
         num_examples: N; ``None`` here and below if the fit was refused before it was known.
         expected_batch_size: The expected number of examples in a logical batch.
         sample_rate: The probability of each example to be in it.
         physical_batch_size: The most examples processed at a time.
-        planned_steps: Steps that the trainer is set to make in all; ``None`` without a limit.
-        steps: How many more steps this fit makes: those planned that fit into ``target_epsilon``; ``None`` if endless.
+        planned_steps: Logical batches that the trainer is set to make steps for in all; ``None`` without a limit.
+        steps: How many more of them this fit uses: those planned that fit into ``target_epsilon``; ``None`` if endless.
+        steps_per_batch: Optimizer steps in one training step: more than one only under manual optimization.
         noise_multiplier: Given or calibrated.
         epsilon: What all releases will have spent after ``steps`` more; ``None`` if endless.
         target_epsilon: The budget; ``None`` without one.
@@ -80,6 +82,7 @@ class Plan:
     num_frozen: int = 0
     frozen: int = 0
     untrained: tuple[str, ...] = ()
+    public: tuple[str, ...] = ()
     engine: str = "book"
     num_examples: int | None = None
     expected_batch_size: float | None = None
@@ -87,6 +90,7 @@ class Plan:
     physical_batch_size: int | None = None
     planned_steps: int | None = None
     steps: int | None = None
+    steps_per_batch: int = 1
     noise_multiplier: float | None = None
     epsilon: float | None = None
     target_epsilon: float | None = None

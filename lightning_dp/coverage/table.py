@@ -58,10 +58,10 @@ def _settings(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "expected batch", f"{plan.expected_batch_size:g}"
     yield "sample rate", f"{plan.sample_rate:.4g}"
     yield "physical batch", f"at most {plan.physical_batch_size:,}"
-    yield "planned steps", _steps(plan)
+    yield ("planned steps" if plan.steps_per_batch == 1 else "planned logical batches"), _steps(plan)
     yield "noise multiplier", f"{plan.noise_multiplier:.4g}"
     of_target = "" if plan.target_epsilon is None else f" of {plan.target_epsilon:g}"
-    yield "epsilon after these steps", "grows without end" if plan.epsilon is None else f"{plan.epsilon:.4f}{of_target}"
+    yield "epsilon after these", "grows without end" if plan.epsilon is None else f"{plan.epsilon:.4f}{of_target}"
     yield "delta", f"{plan.delta:.3g}"
 
 
@@ -128,6 +128,8 @@ def _sentences(plan: Plan) -> Iterator[str]:
         yield f"Frozen: {plan.frozen} parameters with {plan.num_frozen:,} elements, for which nothing is held."
     if plan.untrained:
         yield f"Not trained by the optimizer, and treated as constants: {_names(plan.untrained)}."
+    if plan.public:
+        yield (f"Trained without noise, as their gradients do not depend on the training data: {_names(plan.public)}.")
     if plan.coverage is not None and plan.coverage.unused:
         yield (
             f"Warning: no gradient came back to {_names(plan.coverage.unused)}: only noise would reach them. Use them "
