@@ -587,6 +587,24 @@ def test_manual_optimization_that_couples_samples_is_refused():
     assert "self-check" in found.errors[0]
 
 
+def test_a_training_step_that_writes_parameters_by_itself_is_put_back():
+    class Averages(Regression):
+        def __init__(self):
+            super().__init__()
+            self.average = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
+
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.average.lerp_(self.net.weight, 0.5)
+            return super().training_step(batch, batch_idx)
+
+    module = Averages()
+    found = planned(module)
+    assert found.errors == []
+    assert float(module.average.detach().abs().sum()) == 0
+    assert "writes into the parameter 'average'" in planned(module, self_check=False).errors[0]
+
+
 # ---- nothing is left ----------------------------------------------------------------------------------------------
 
 

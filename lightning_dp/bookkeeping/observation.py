@@ -218,7 +218,7 @@ def refined(use: Use, other: Use) -> Layout:
         return layout
     axes = (*(layout.leaves or (None,) * len(use.leaves)), *layout.outputs)
     pairs = zip((*use.leaves, *use.outputs), (*other.leaves, *other.outputs), axes, strict=True)
-    orders = [_order(axis, _changed(x, y), x) for x, y, axis in pairs]
+    orders = [order(axis, changed(x, y), x) for x, y, axis in pairs]
     if "coupled" in orders:
         return replace(layout, kind=Kind.REFUSED, reason=_COUPLED)
     known = {order for order in orders if order in ("sample first", "row first")}
@@ -234,7 +234,7 @@ def refined(use: Use, other: Use) -> Layout:
     return replace(layout, leaves=leaves, outputs=tuple(map(turned, layout.outputs, orders[-len(layout.outputs) :])))
 
 
-def _changed(x: Digest | None, y: Digest | None) -> Tensor | None:
+def changed(x: Digest | None, y: Digest | None) -> Tensor | None:
     """Return which rows changed; ``None`` if the shape did."""
     if x is None or y is None:
         return torch.zeros(0, dtype=torch.long) if x is y else None
@@ -245,7 +245,7 @@ def _changed(x: Digest | None, y: Digest | None) -> Tensor | None:
     return torch.nonzero(different | (x.value.isfinite() != y.value.isfinite())).flatten()
 
 
-def _order(axis: SampleAxis | None, rows: Tensor | None, x: Digest | None) -> str:
+def order(axis: SampleAxis | None, rows: Tensor | None, x: Digest | None) -> str:
     """Return how an axis is ordered, by which rows changed with sample 0; "coupled" if others changed too."""
     if rows is None:
         return "coupled"

@@ -8,7 +8,7 @@ On batches of two to three samples of the user's own dataset, in training mode:
 - (b) for several, the sum of the book's entries is autograd's gradient;
 - (c) a sample's contribution does not change when its neighbour in the batch is another, nor, in evaluation mode and
   with equal random draws for all samples, when it is left out;
-- (d) no buffer is written with what the samples contain.
+- (d) no buffer or parameter is written with what the samples contain.
 
 (a) and (b) find a wrong rule of this library; (c) finds everything that couples samples, which no library can clip.
 """
@@ -19,11 +19,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.book import Book
+from lightning_dp.bookkeeping.culprit import where_samples_meet
 from lightning_dp.bookkeeping.draws import EqualDraws
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.errors import UnsupportedModelError
@@ -39,13 +41,13 @@ _COARSE = 5e-2
 class Subject:
     """What is checked.
 
-    A training step is run on the samples named by a string: ``"aab"`` is a batch ``[a, a, b]``. It has one book for
-    each release that would be made of it, and as many ordinary gradients.
+    A training step has one book for each release that would be made of it, and as many ordinary gradients.
 
     Args:
-        buffers: The model's buffers by name.
-        books: Runs the training step through the observed book-keeping.
-        gradients: Runs the training step by autograd alone.
+        state: What the training step may write, by name: buffers, and the parameters that it was seen to write.
+        batch: Returns a batch of the samples named by a string: ``"aab"`` is ``[a, a, b]``.
+        books: Runs the training step on a batch, with its number of samples, through the observed book-keeping.
+        gradients: Runs the training step on a batch by autograd alone.
         evaluating: Context in which the model is in evaluation mode.
         mean_loss: Whether the loss is the mean over the batch, rather than the sum.
         others: Further samples, as single letters, to put in the place of a neighbour.
@@ -53,9 +55,10 @@ class Subject:
         smallest: The smallest batch that the training step can run on, ``"a"`` or, for some layers, ``"aa"``.
     """
 
-    buffers: Mapping[str, Tensor]
-    books: Callable[[str], Sequence[Book]]
-    gradients: Callable[[str], Sequence[Gradients]]
+    state: Mapping[str, Tensor]
+    batch: Callable[[str], Any]
+    books: Callable[[Any, int], Sequence[Book]]
+    gradients: Callable[[Any], Sequence[Gradients]]
     evaluating: Callable[[], AbstractContextManager[None]]
     mean_loss: bool = True
     others: str = "b"
@@ -77,7 +80,7 @@ class _Check:
 
     def __init__(self, subject: Subject) -> None:
         self._subject, self._state = subject, RandomState.of_all()
-        self._buffers = {name: buffer.detach().clone() for name, buffer in subject.buffers.items()}
+        self._values = {name: buffer.detach().clone() for name, buffer in subject.state.items()}
 
     def run(self) -> None:
         """Check everything."""
@@ -134,9 +137,9 @@ class _Check:
         for name, value in written.items():
             if not torch.allclose(value, written_now[name], rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise UnsupportedModelError(
-                    f"self-check (d): the training step writes into the buffer '{name}' what depends on the samples of "
-                    "the batch, so it would be released without noise. Do not update it while training, or compute it "
-                    "from public data beforehand."
+                    f"self-check (d): the training step writes into '{name}', a buffer or parameter, what depends on "
+                    "the samples of the batch, so it would be released without noise. Do not update it while training, "
+                    "or compute it from public data beforehand."
                 )
         self._compare(one, two, "when its neighbour in the batch was another")
 
@@ -159,22 +162,25 @@ class _Check:
         tolerance = max(map(self._tolerance, one.values()), default=0.0)
         if _length(moved) <= tolerance * max(lengths):
             return
+        self._restore()
+        where = where_samples_meet(self._subject.batch, self._subject.gradients)
         size = f"its length went from {lengths[0]:.4g} to {lengths[1]:.4g}"
         along = sum(float((one[name].double() * two[name].double()).sum()) for name in one)
         if along > (1 - tolerance**2) * lengths[0] * lengths[1] > 0:
             reduction = "mean" if self._subject.mean_loss else "sum"
             raise UnsupportedModelError(
                 f"self-check (c): the gradient of a sample was rescaled {event} ({size}): the loss weighs a sample by "
-                "what else is in the batch. A mean over the tokens of all samples (padded, or with ignore_index) does "
-                "this: take the mean of each sample first, lightning_dp.per_sample_mean(token_losses, mask). Otherwise "
-                f"the loss is not the {reduction} over the samples that DPStrategy(loss_reduction='{reduction}') says."
+                f"what else is in the batch{where}. A mean over the tokens of all samples (padded, or with "
+                "ignore_index) does this: take the mean of each sample first, "
+                "lightning_dp.per_sample_mean(token_losses, mask). Otherwise the loss is not the "
+                f"{reduction} over the samples that DPStrategy(loss_reduction='{reduction}') says."
             )
         most = sorted(moved, key=lambda name: -float(moved[name].norm()))
         raise UnsupportedModelError(
             f"self-check (c): the gradient of a sample changed {event} ({size}; most for "
-            f"{_some([repr(name) for name in most])}): samples influence each other. A contrastive loss, a statistic "
-            "of the batch, or control flow that depends on the batch does this: compute the loss of each sample from "
-            "that sample alone."
+            f"{_some([repr(name) for name in most])}): samples influence each other{where}. A contrastive loss, a "
+            "statistic of the batch, or control flow that depends on the batch does this: compute the loss of each "
+            "sample from that sample alone."
         )
 
     # ---- passes --------------------------------------------------------------------------------------------------
@@ -195,13 +201,13 @@ class _Check:
 
     def _books(self, samples: str) -> Sequence[Book]:
         self._restore()
-        books = self._subject.books(samples)
-        self._written = {name: buffer.detach().clone() for name, buffer in self._subject.buffers.items()}
+        books = self._subject.books(self._subject.batch(samples), len(samples))
+        self._written = {name: buffer.detach().clone() for name, buffer in self._subject.state.items()}
         return books
 
     def _autograd(self, samples: str) -> Gradients:
         self._restore()
-        return _merged(self._subject.gradients(samples))
+        return _merged(self._subject.gradients(self._subject.batch(samples)))
 
     def _tolerance(self, g: Tensor) -> float:
         return _COARSE if self._subject.coarse else _TOLERANCE.get(g.dtype, _COARSE)
@@ -209,8 +215,8 @@ class _Check:
     def _restore(self) -> None:
         self._state.restore()
         with torch.no_grad():
-            for name, buffer in self._subject.buffers.items():
-                buffer.copy_(self._buffers[name])
+            for name, buffer in self._subject.state.items():
+                buffer.copy_(self._values[name])
 
 
 _OUR_FAULT = (

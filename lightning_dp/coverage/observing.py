@@ -26,7 +26,7 @@ from lightning_dp.coverage.timing import seconds_of
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.strategies.preparing import Found
 from lightning_dp.strategies.trials import AutomaticTrial, ManualTrial
-from lightning_dp.strategies.undisturbed import undisturbed
+from lightning_dp.strategies.undisturbed import undisturbed_at_full_speed
 
 _NUM_PASSES, _MAX_PASSES = 3, 20
 """How many passes are made, so that the smallest time counts; and at most, where layers may be dropped at random."""
@@ -60,7 +60,7 @@ class Bench:
         gradients = [(p, p.grad) for p in self.module.parameters()]
         self.drop_gradients()
         try:
-            with undisturbed(self.module):
+            with undisturbed_at_full_speed(self.module):
                 yield
         finally:
             for p, gradient in gradients:
@@ -105,7 +105,7 @@ def observe_coverage(bench: Bench) -> tuple[Coverage, str]:
         keeping = NotingKeeping(trained, {**bench.found.others, **{name: bench.found.trained[name] for name in hidden}})
         try:
             if trained:
-                bench.found.observer.observe(keeping, trained, check=False)
+                bench.found.observer.look(keeping)
                 passes.run(keeping)
         except Opaque as error:
             hidden |= {name: reason for name, reason in error.reasons.items() if name in trained}

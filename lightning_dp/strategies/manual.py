@@ -36,10 +36,12 @@ class PendingGradients:
     Args:
         keeping: The book of the training step that runs.
         groups: The private optimizers.
+        in_trial: Whether writes have to be found by contents: torch counts them for some operators only while a
+            dispatch mode looks on. Placeholders are then ones.
     """
 
-    def __init__(self, keeping: BookKeeping, groups: Groups) -> None:
-        self._keeping, self._groups = keeping, groups
+    def __init__(self, keeping: BookKeeping, groups: Groups, *, in_trial: bool = False) -> None:
+        self._keeping, self._groups, self._in_trial = keeping, groups, in_trial
         self._parameters = {name: p for group in groups.values() for name, p in group.items()}
         self._held: dict[str, Tensor] = {}
         self._stale: set[str] = set()
@@ -68,7 +70,7 @@ class PendingGradients:
                 raise self._keeping.escape_of(name)
             p.grad = before[name]
             if name in filed and p.grad is None:
-                p.grad = self._held[name] = torch.zeros_like(p)
+                p.grad = self._held[name] = torch.full_like(p, float(self._in_trial))
             elif name in filed and name not in self._held:
                 self._stale.add(name)
 
@@ -92,7 +94,7 @@ class PendingGradients:
     def _forget_zeroed(self) -> None:
         for name, p in self._parameters.items():
             held = self._held.get(name)
-            if held is not None and p.grad is held and held._version:
+            if held is not None and p.grad is held and self._was_written(held):
                 raise UnsupportedModelError(
                     f"the gradient of '{name}' was written to between the backward pass and the optimizer's step, "
                     "where it has no noise yet. Zero gradients by zero_grad(set_to_none=True), and clip or change "
@@ -102,6 +104,9 @@ class PendingGradients:
                 self._keeping.take([name])
                 self._held.pop(name, None)
                 self._stale.discard(name)
+
+    def _was_written(self, held: Tensor) -> bool:
+        return held._version > 0 or (self._in_trial and not bool((held == 1).all()))
 
 
 class ManualStepping(Stepping):

@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
@@ -36,6 +37,7 @@ class Observer:
     def __init__(self, module: pl.LightningModule, loader: PoissonLoader, trial: Trial, *, mean_loss: bool) -> None:
         self._module, self._loader, self._trial, self._mean_loss = module, loader, trial, mean_loss
         self._index: dict[str, int] = {}
+        self._written: set[str] = set()
 
     def rehearse(self, trial: ManualTrial) -> tuple[list[Optimizer], set[Optimizer]]:
         """Find out which optimizers step, and which of them do so by gradients that do not depend on the samples."""
@@ -54,38 +56,31 @@ class Observer:
         """
         if not isinstance(keeping, BookKeeping):
             return  # a sample that is alone in its batch depends on no other
-        before = self._parameter_values()
         self._observe(keeping, trained, check)
-        for name, value in self._parameter_values().items():
-            if value != before.get(name):
-                raise UnsupportedModelError(
-                    f"the training step writes into the parameter '{name}': what it writes is not noised. Let only the "
-                    "optimizer change parameters while training; an average of weights belongs in on_train_batch_end."
-                )
 
     @property
     def num_samples(self) -> int:
         """How many samples were chosen to be looked at; 0 before."""
         return len(self._index)
 
-    def _parameter_values(self) -> dict[str, tuple[float, float]]:
-        """Return what tells whether a parameter was written to, for every parameter."""
-        values = {}
-        for name, p in self._module.named_parameters():
-            t = p.detach().double()
-            values[name] = float(t.nan_to_num().sum()), float(t.nan_to_num().abs().sum())
-        return values
-
-    def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
+    def look(self, keeping: BookKeeping) -> None:
+        """Let a book-keeping observe, and check nothing."""
         if not self._index:
             self._choose_samples()
         keeping.observe(self._loss, varied=len(self._index) > 1)
+
+    def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
+        self.look(keeping)
         if not check or len(self._index) < 2:
+            self._check_not_written()
             return
+        named = {**dict(self._module.named_buffers()), **dict(self._module.named_parameters())}
+        held = [name for name, _ in self._module.named_buffers()]
         subject = Subject(
-            buffers={name: b for name, b in self._module.named_buffers() if isinstance(b, Tensor)},
-            books=lambda samples: self._trial.books(keeping, self.batch(samples), len(samples)),
-            gradients=lambda samples: self._trial.gradients(trained, self.batch(samples)),
+            state={name: named[name] for name in (*held, *self._written)},
+            batch=self.batch,
+            books=lambda batch, num_samples: self._trial.books(keeping, batch, num_samples),
+            gradients=lambda batch: self._trial.gradients(trained, batch),
             evaluating=lambda: evaluating(self._module),
             mean_loss=self._mean_loss,
             others="".join(self._index)[:0:-1],
@@ -95,6 +90,14 @@ class Observer:
         with undisturbed(self._module):
             self_check(subject)
 
+    def _check_not_written(self) -> None:
+        for name in self._written:
+            raise UnsupportedModelError(
+                f"the training step writes into the parameter '{name}': what it writes is not noised, and without the "
+                "self-check it is not known whether it depends on the samples. Let only the optimizer change "
+                "parameters while training; an average of weights belongs in on_train_batch_end."
+            )
+
     def _choose_samples(self) -> None:
         """Choose up to four samples, evenly spread over the dataset and of different sizes, whose loss is finite."""
         size, wanted = self._loader.num_examples, len(_LETTERS)
@@ -103,8 +106,9 @@ class Observer:
         found: list[int] = []
         for index in self._varied([i for start in range(wanted) for i in spread[start::wanted]]):
             self._index = {"a": index}
-            with undisturbed(self._module):
+            with undisturbed(self._module) as written:
                 loss = self._trial.loss(self.batch("aa"))
+            self._written |= written.names
             if loss is None or bool(loss.isfinite()):
                 found.append(index)
             if len(found) == wanted:
@@ -115,6 +119,18 @@ class Observer:
                 "values in them, or in the model's parameters."
             )
         self._index = dict(zip(_LETTERS, found, strict=False))
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Raise if batches are put into an order of their own: then no row of a batch is known to be a sample's."""
+        with undisturbed(self._module):
+            one, other, first, second = (_tensors(self.batch(samples)) for samples in ("ab", "ba", "aa", "bb"))
+        if _all_equal(one, other) and not _all_equal(first, second):
+            raise UnsupportedModelError(
+                "the collate_fn of the train dataloader orders the samples of a batch by itself, such as by length: "
+                "which row belongs to which sample is then not known. Keep the order that it is given; for packed "
+                "sequences use pack_padded_sequence(..., enforce_sorted=False)."
+            )
 
     def _varied(self, indices: list[int]) -> list[int]:
         """Return the samples in an order in which sizes alternate: samples of one length hide what depends on it."""
@@ -125,13 +141,23 @@ class Observer:
         return [index for few in zip_longest(*by_size.values()) for index in few if index is not None]
 
     def _loss(self, samples: str) -> Tensor | None:
-        with undisturbed(self._module):  # each pass, so that all begin with the same buffers
-            return self._trial.loss(self.batch(samples))
+        with undisturbed(self._module) as written:  # each pass, so that all begin with the same buffers
+            loss = self._trial.loss(self.batch(samples))
+        self._written |= written.names
+        return loss
 
     def batch(self, samples: str) -> Any:
         """Return a batch of the chosen samples that a string names: ``"aab"`` is ``[a, a, b]``."""
         only = self._index["a"]  # a dataset of one sample has no b
         return self._loader.batch_of([self._index.get(s, only) for s in samples])
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(batch)[0] if isinstance(t, Tensor)]
+
+
+def _all_equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def _needs_two(layer: nn.Module) -> bool:
@@ -141,5 +167,5 @@ def _needs_two(layer: nn.Module) -> bool:
 
 def _size(batch: Any) -> tuple[Any, ...]:
     """Return what tells samples of different length apart, padded (the last value is repeated) or not."""
-    tensors = [t for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.numel()]
+    tensors = [t for t in _tensors(batch) if t.numel()]
     return tuple((tuple(t.shape), int((t == t.flatten()[-1]).sum())) for t in tensors)

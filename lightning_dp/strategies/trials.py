@@ -233,7 +233,8 @@ class _Recorded(Stepping):
 
     def __init__(self, keeping: BookKeeping, groups: Groups) -> None:
         self.books: list[Book] = []
-        self._keeping, self._groups, self._pending = keeping, groups, PendingGradients(keeping, groups)
+        self._keeping, self._groups = keeping, groups
+        self._pending = PendingGradients(keeping, groups, in_trial=True)
 
     def backward(self, loss: Tensor, run: Callable[[], None]) -> None:
         self._pending.backward(run)

@@ -16,10 +16,38 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_dp.strategies.written import Written
+
 
 @contextmanager
-def undisturbed(module: pl.LightningModule) -> Iterator[None]:
-    """Put back afterwards: buffers, metrics, random number generators; inside, ``log`` goes nowhere."""
+def undisturbed(module: pl.LightningModule) -> Iterator[Written]:
+    """Put back afterwards: parameters, buffers, metrics, random numbers; inside, ``log`` goes nowhere.
+
+    Yields:
+        What tells, afterwards, which parameters were written.
+    """
+    written = Written(dict(module.named_parameters()))
+    with ExitStack() as stack:
+        stack.callback(written.undo)
+        stack.enter_context(_same_but_for_parameters(module))
+        with written:
+            yield written
+
+
+@contextmanager
+def undisturbed_at_full_speed(module: pl.LightningModule) -> Iterator[None]:
+    """Put back the same, for measuring: every parameter is copied beforehand, so that no operator is looked at."""
+    copies = [(p, p.data, p.detach().clone()) for p in module.parameters()]
+    try:
+        with _same_but_for_parameters(module):
+            yield
+    finally:
+        for p, data, value in copies:
+            p.data = data.copy_(value)
+
+
+@contextmanager
+def _same_but_for_parameters(module: pl.LightningModule) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_same_random_numbers())
         stack.enter_context(_same_buffers(module))

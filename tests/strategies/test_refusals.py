@@ -6,7 +6,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 import lightning_dp as ldp
 from lightning_dp.strategies.checks import check_trainer
@@ -266,7 +273,7 @@ def test_a_training_step_that_writes_into_a_parameter():
             return super().training_step(batch, batch_idx)
 
     dp = ldp.DPStrategy(noise_multiplier=1.0)
-    with pytest.raises(ldp.UnsupportedModelError, match="writes into the parameter 'shift'"):
+    with pytest.raises(ldp.UnsupportedModelError, match=r"\(d\).*writes into 'shift', a buffer or parameter"):
         trainer(dp).fit(Writes(), loader())
     assert dp.num_releases == 0
 
@@ -277,3 +284,11 @@ def test_samples_that_influence_each_other_are_refused():
             return super().forward(x - x.mean(0))
 
     refused("for another sample of the batch", module=Regression(Centred(3, 2)), error=ldp.UnsupportedModelError)
+
+
+def test_a_collate_function_that_sorts():
+    def collate(samples):
+        return default_collate(sorted(samples, key=lambda sample: float(sample[0][0])))
+
+    data = loader(collate_fn=collate)
+    refused("orders the samples of a batch by itself", data=data, error=ldp.UnsupportedModelError)

@@ -1,0 +1,65 @@
+"""Parameters that a training step writes itself: averages of weights, weights clipped to a range.
+
+Owns: noticing and undoing such writes while a training step is tried. Does not own: whether they are allowed
+(``bookkeeping.self_check``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+
+class Written(TorchDispatchMode):
+    """Undoes every write into a parameter; copies a parameter only when it is about to be written.
+
+    Args:
+        parameters: The parameters by name.
+
+    Attributes:
+        names: The parameters that were written.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self._parameters = dict(parameters)
+        self._data = {name: p.data for name, p in parameters.items()}
+        self._copies: dict[str, Tensor] = {}
+        self._at = {_address(p): name for name, p in parameters.items() if p.numel()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            for t in _written_by(func, args, kwargs or {}):
+                name = self._at.get(_address(t))
+                if name is not None and name not in self._copies:
+                    self._copies[name] = self._data[name].clone()
+        return func(*args, **(kwargs or {}))
+
+    def undo(self) -> None:
+        """Give the parameters back what they held."""
+        for name, p in self._parameters.items():
+            if p.data.data_ptr() != self._data[name].data_ptr():  # ``p.data = ...``
+                p.data = self._data[name]
+                self.names.add(name)
+        with torch.no_grad():
+            for name, copy in self._copies.items():
+                self._data[name].copy_(copy)
+        self.names |= self._copies.keys()
+        self._copies.clear()
+
+
+def _written_by(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    for k, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[k] if k < len(args) else kwargs.get(argument.name)
+            yield from (t for t in tree_flatten(value)[0] if isinstance(t, Tensor))
+
+
+def _address(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
