@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, inner
+from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, inner, put_together
 from lightning_dp.bookkeeping.layout import Key
 
 
@@ -63,9 +63,13 @@ class Book:
             self.entries.setdefault(target, []).append(entry)
 
     def carry(self) -> None:
-        """Carry the entries of all derived tensors back to their parameters by one vmapped backward pass."""
-        if not self.derived:
-            return
+        """Carry the entries of derived tensors back to their parameters, and put those of one parameter together."""
+        if self.derived:
+            self._carry_back()
+        self.entries = {name: put_together(entries) for name, entries in self.entries.items()}
+
+    def _carry_back(self) -> None:
+        """Run one vmapped backward pass through all derived tensors."""
         gradients: dict[Derived, Tensor] = {}
         for tensor, entry in self.derived:
             dense = entry.dense().reshape(self.num_samples, *tensor.value.shape)

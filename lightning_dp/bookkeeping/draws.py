@@ -8,18 +8,22 @@ Owns: the passes with equal draws. Does not own: what is compared (``self_check`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_dp.bookkeeping.axes import find_axis
 
 Shapes = list[tuple[int, ...] | None]
 """The shapes of what a random operator takes and returns; ``None`` for anything without a shape."""
+
+_MANY = 2**32
+"""More than a pass draws: the seed of what comes after a draw, whatever the draw's size."""
 
 
 class EqualDraws(TorchDispatchMode):
@@ -36,21 +40,34 @@ class EqualDraws(TorchDispatchMode):
     def __init__(self, two: list[Shapes] | None = None, three: list[Shapes] | None = None) -> None:
         super().__init__()
         self.drawn: list[Shapes] = []
+        self._numbers: dict[Hashable, int] = {}
         self._axes = [_axes(*pair) for pair in zip(two or [], three or [], strict=False)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        number = len(self.drawn)
         leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_size)
+        # What is replayed, by a checkpoint or a rule, begins where it began before: it must draw the same once more.
+        begins = func, torch.get_rng_state().numpy().tobytes(), *map(_count, leaves)
+        number = self._numbers.setdefault(begins, len(self.drawn))
+        try:
+            return self._draw(number, func, leaves, spec)
+        finally:
+            torch.manual_seed(_MANY + number)
+
+    def _draw(self, number: int, func: Any, leaves: list[Any], spec: TreeSpec) -> Any:
+        """Draw what has this number in the pass."""
         seed = _seeding(number, leaves)
         seed()
+        args, kwargs = tree_unflatten(leaves, spec)
         result = func(*args, **kwargs)
         outputs, structure = tree_flatten(result)
-        self.drawn.append([_shape(leaf) for leaf in (*leaves, *outputs)])
+        shapes = [_shape(leaf) for leaf in (*leaves, *outputs)]
+        if number == len(self.drawn):
+            self.drawn.append(shapes)
         axes = self._axes[number] if number < len(self._axes) else []
-        if len(axes) != len(self.drawn[-1]) or all(axis is None for axis in axes):
+        if len(axes) != len(shapes) or all(axis is None for axis in axes):
             return result
 
         def drawn_for(row: int) -> list[Any]:
@@ -96,6 +113,12 @@ def _shape(leaf: Any) -> tuple[int, ...] | None:
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape)
     return tuple(leaf) if _is_size(leaf) else None
+
+
+def _count(leaf: Any) -> int | None:
+    """Return how many numbers a tensor or a size asks for; one sample alone may come without its axis."""
+    shape = _shape(leaf)
+    return None if shape is None else math.prod(shape)
 
 
 def _is_along(leaf: Any, axis: int | None) -> bool:

@@ -12,6 +12,8 @@ Shapes: B samples, T positions of one sample, d inputs, p outputs, V rows of a t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ _TRAFFIC = 60
 
 _MAX_KEPT = 2**28
 """Largest number of elements of a per-sample gradient that is kept (1 GiB in float32)."""
+
+_FEW = 8
+"""Up to so many positions, entries of one parameter are put together: a cell unrolled over time makes hundreds."""
 
 CANCELLATION = 1e-2
 """Below this share of its largest possible value, divided by the number of its terms, a ghost norm has lost too many
@@ -226,6 +231,16 @@ class Rows(Entry):
     def where(self, keep: Tensor) -> Rows:
         """Return the masked entry."""
         return Rows(self.index, _masked(self.g, keep), self.num_rows)
+
+
+def put_together(entries: Sequence[Entry]) -> list[Entry]:
+    """Return fewer entries of the same sum, so that their cross terms do not grow with the square of their number."""
+    dense: list[Entry] = [e for e in entries if isinstance(e, Dense)]
+    small = [e for e in entries if type(e) is Outer and e.a.shape[1] <= _FEW]
+    found: list[Entry] = [e for e in entries if e not in {*dense, *small}]
+    found += [Dense(reduce(torch.add, [e.g for e in dense]))] if len(dense) > 1 else dense
+    found += [Outer(torch.cat([e.a for e in small], 1), torch.cat([e.g for e in small], 1))] if small else []
+    return found
 
 
 def inner(e: Entry, f: Entry) -> Tensor:

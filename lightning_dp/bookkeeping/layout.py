@@ -44,6 +44,8 @@ class Layout:
         outputs: For every output, its sample axis or ``None``.
         sliceable: Whether the function may run on the rows of one sample: no argument counts samples.
         random: Whether the function draws random numbers.
+        packed: Whether a recurrent layer's function was given packed sequences: the axis of the data then holds another
+            number of rows of every sample, and only the rule of that function knows which.
         reason: Why the function is refused; empty otherwise.
         where: The line of the user's code that called it.
     """
@@ -53,6 +55,7 @@ class Layout:
     outputs: tuple[SampleAxis | None, ...] = ()
     sliceable: bool = True
     random: bool = False
+    packed: bool = False
     reason: str = ""
     where: str = field(default="", compare=False)
 

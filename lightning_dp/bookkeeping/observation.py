@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dp.bookkeeping.axes import SampleAxis
 from lightning_dp.bookkeeping.interception import Handler, without_interception
 from lightning_dp.bookkeeping.layout import Kind, Layout, Layouts
+from lightning_dp.bookkeeping.packing import Packing
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.bookkeeping.source import check_opaque
 from lightning_dp.bookkeeping.tracing import DifferentControlFlow, Event, Tracer, Use
+from lightning_dp.bookkeeping.witness import ROUNDS, Witness, routing
 from lightning_dp.errors import UnsupportedModelError
 
 Swap = Callable[[Handler], AbstractContextManager[None]]
@@ -38,9 +39,6 @@ Swap = Callable[[Handler], AbstractContextManager[None]]
 
 Forward = Callable[[str], Any]
 """Runs the training step's forward pass on the samples named by a string (``"aab"`` is ``[a, a, b]``) for its loss."""
-
-_ROUNDS = 40
-"""How often a model that draws at random is observed at most: layers dropped at random are seen in one of them."""
 
 _QUIET_ROUNDS = 3
 """How many rounds must show no new function before no more are expected."""
@@ -50,17 +48,13 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-3, t
 
 _COUPLED = (
     "a sample changes what the function computes for another sample of the batch, so no sample has a gradient of its "
-    "own. Batch normalisation and any other statistic over the batch do this: use group or layer normalisation."
+    "own. Batch normalisation and any other statistic over the batch do this: use group or layer normalisation. "
+    "So does sorting the samples of a batch by their length: leave that to pack_padded_sequence(enforce_sorted=False)."
 )
 _UNKNOWN_ORDER = (
     "an axis holds several rows of every sample, and which rows belong to which sample cannot be told, because the "
     "first two samples do not differ there. Keep an axis of the samples alone where this parameter is used."
 )
-_ROUTED = (
-    "it is applied to rows that were chosen by their content (by a mask, or an expert's router), so that samples may "
-    "have different numbers of them. Apply it to all rows and mask the result."
-)
-
 
 _DEPENDS_ON_BATCH = (
     "the training step ran other functions for two samples than for three, or for other samples: its control flow "
@@ -70,12 +64,16 @@ _DEPENDS_ON_BATCH = (
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one pass showed: its events and uses, the sizes that depend on contents, and whether it drew at random."""
+    """What one pass showed: its events and uses, and what the witness saw."""
 
     events: list[Event]
     uses: list[Use]
-    ragged: set[int]
-    random: bool
+    witness: Witness
+
+    @property
+    def random(self) -> bool:
+        """Whether the pass drew random numbers."""
+        return self.witness.num_draws > 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool
     original = RandomState.of_all()
     layouts, quiet_rounds, failures = Layouts(), 0, 0
     try:
-        for seed in range(_ROUNDS):
+        for seed in range(ROUNDS):
             try:
                 found, random = _observe(names, swap, forward, varied, original, seed)
             except DifferentControlFlow:  # a first pass may fill a cache; what goes on depends on the batch
@@ -133,8 +131,9 @@ def _observe(
     layouts = Layouts()
     for use, its in zip(three.uses, other.uses, strict=True):
         layout = refined(use, its)
-        if _is_routed(layout, two.ragged, three.ragged):
-            layout = replace(layout, kind=Kind.REFUSED, reason=_ROUTED)
+        reason = routing(layout, two.witness, three.witness)
+        if reason:
+            layout = replace(layout, kind=Kind.REFUSED, reason=reason)
         layouts.add(use.key, layout, use.with_gradient)
     return layouts, three.random
 
@@ -149,7 +148,7 @@ def _trace(
     seed: int,
 ) -> _Pass:
     state.restore()
-    tracer, witness = Tracer(names, before, digest), _Witness(seed)
+    tracer, witness = Tracer(names, before, digest), Witness(seed, len(samples))
     try:
         with swap(tracer.dispatch), witness:
             loss = forward(samples)
@@ -159,41 +158,7 @@ def _trace(
     finally:
         tracer.release()
     tracer.check_complete()
-    return _Pass(tracer.events, tracer.uses, witness.ragged, witness.num_draws > 0)
-
-
-_RAGGED = {"nonzero", "masked_select", "repeat_interleave", "_unique2", "unique_dim", "unique_consecutive"}
-
-
-class _Witness(TorchDispatchMode):
-    """Sees every operator of a pass, whether a parameter enters it or not.
-
-    It collects the sizes of tensors whose shape depends on contents (``x[mask]``, ``nonzero``, ``unique``), and seeds
-    every random operator by its number, so that layers dropped at random are the same ones for two and three samples.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.ragged: set[int] = set()
-        self.num_draws, self._seed = 0, seed
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.num_draws += 1
-            torch.manual_seed(_ROUNDS * self.num_draws + self._seed)
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        by_mask = name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
-        if by_mask or name in _RAGGED:
-            outputs = result if isinstance(result, tuple) else (result,)
-            self.ragged |= {size for t in outputs for size in t.shape[:2]}
-        return result
-
-
-def _is_routed(layout: Layout, two: set[int], three: set[int]) -> bool:
-    """Whether an axis with several rows of each sample has a size that depended on contents."""
-    axes = [axis for axis in (*layout.leaves, *layout.outputs) if axis is not None and axis.rows > 1]
-    return any(2 * axis.rows in two and 3 * axis.rows in three for axis in axes)
+    return _Pass(tracer.events, tracer.uses, witness)
 
 
 def digest(leaf: Any, axis: SampleAxis | None) -> Digest | None:
@@ -218,6 +183,9 @@ def refined(use: Use, other: Use) -> Layout:
         return layout
     axes = (*(layout.leaves or (None,) * len(use.leaves)), *layout.outputs)
     pairs = zip((*use.leaves, *use.outputs), (*other.leaves, *other.outputs), axes, strict=True)
+    if use.packing is not None and other.packing is not None:
+        coupled = other.packing.problem(3) or not all(_fits_packed(use.packing, other.packing, *pair) for pair in pairs)
+        return replace(layout, kind=Kind.REFUSED, reason=_COUPLED) if coupled else layout
     orders = [order(axis, changed(x, y), x) for x, y, axis in pairs]
     if "coupled" in orders:
         return replace(layout, kind=Kind.REFUSED, reason=_COUPLED)
@@ -232,6 +200,19 @@ def refined(use: Use, other: Use) -> Layout:
 
     leaves = tuple(map(turned, layout.leaves, orders))
     return replace(layout, leaves=leaves, outputs=tuple(map(turned, layout.outputs, orders[-len(layout.outputs) :])))
+
+
+def _fits_packed(packing: Packing, other: Packing, x: Digest | None, y: Digest | None, axis: SampleAxis | None) -> bool:
+    """Whether the rows of samples 1 and 2 are the same in both passes; sample 0 may have another length."""
+    if axis is None or x is None or y is None:
+        return order(None, changed(x, y), x) == "fits"
+    for sample in (1, 2):
+        rows = [p.rows_of(sample) if axis.dim == 0 else p.places()[sample : sample + 1] for p in (packing, other)]
+        mine, its = (Digest(d.value[r], d.scale[r], d.tolerance) for d, r in zip((x, y), rows, strict=True))
+        moved = changed(mine, its)
+        if moved is None or moved.numel():
+            return False
+    return True
 
 
 def changed(x: Digest | None, y: Digest | None) -> Tensor | None:

@@ -132,8 +132,10 @@ class _Check:
             )
 
     def _check_neighbour(self, other: str) -> None:
-        one, written = self._contribution("aab", 1), self._written
-        two, written_now = self._contribution(f"{other}ab", 1), self._written
+        with EqualDraws() as draws:
+            one, written = self._contribution("aab", 1), self._written
+        with EqualDraws() as its_draws:
+            two, written_now = self._contribution(f"{other}ab", 1), self._written
         for name, value in written.items():
             if not torch.allclose(value, written_now[name], rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise UnsupportedModelError(
@@ -141,6 +143,9 @@ class _Check:
                     "the samples of the batch, so it would be released without noise. Do not update it while training, "
                     "or compute it from public data beforehand."
                 )
+        if draws.drawn != its_draws.drawn:  # beside a sample of another length, padding included, all draw others
+            with self._subject.evaluating():
+                one, two = self._contribution("aab", 1), self._contribution(f"{other}ab", 1)
         self._compare(one, two, "when its neighbour in the batch was another")
 
     def _check_left_out(self) -> None:

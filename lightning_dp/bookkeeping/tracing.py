@@ -28,6 +28,7 @@ from lightning_dp.bookkeeping.interception import (
     without_interception,
 )
 from lightning_dp.bookkeeping.layout import REPEATING, Key, Kind, Layout, key_of
+from lightning_dp.bookkeeping.packing import Packing, packing_of, without_dropout
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.bookkeeping.rules.embedding import check_table
 from lightning_dp.bookkeeping.rules.registered import is_registered
@@ -83,12 +84,14 @@ class Event:
         leaves: The shapes (or values) of its leaves.
         outputs: The shapes of its outputs.
         integers: The contents of small integer tensors among the leaves.
+        packing: The order of packed sequences, if a recurrent layer is given some.
     """
 
     name: str
     leaves: tuple[Shape | int | None, ...]
     outputs: tuple[Shape, ...]
     integers: tuple[tuple[int, ...] | None, ...] = ()
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Use:
     with_gradient: bool
     leaves: list[Any]
     outputs: tuple[Tensor, ...]
+    packing: Packing | None = None
 
 
 class Tracer:
@@ -138,9 +142,13 @@ class Tracer:
             if name is None:
                 return func(*args, **kwargs)
             check_table(func, args, kwargs)
-            before, leaves = RandomState.now(), flat(args, kwargs)
+            leaves = flat(args, kwargs)
+            packing, drops = packing_of(name, leaves), False
+            if packing is not None:
+                args, drops = without_dropout(args)
             entered = {self._names[id(leaf)] for leaf in leaves if id(leaf) in self._names}
             self.registered |= entered if is_registered(func) else set()
+            before = RandomState.now()
             result = func(*args, **kwargs)
             outputs = (args[0],) if name == "__setitem__" else float_outputs(result)
             # Inside a script or torch.vmap a function is shown, but its outputs have no graph that could be followed.
@@ -148,8 +156,8 @@ class Tracer:
             constant = torch.is_grad_enabled() and not any(t.requires_grad for t in outputs)
             if constant or not outputs or reads_metadata(name, self._is_followed(leaves[0])):
                 return result
-            random = RandomState.now().differs_from(before)
-            mark = self._note(name, leaves, outputs, random)
+            random = drops or RandomState.now().differs_from(before)
+            mark = self._note(name, leaves, outputs, random, packing)
             if is_in_place(name) or kwargs.get("out") is not None:
                 return result  # the very tensor that was written, which the model may keep
             return with_float_outputs(result, [self._follow(t, mark) for t in outputs])
@@ -174,11 +182,12 @@ class Tracer:
         t.mark = mark  # type: ignore[attr-defined]
         return t
 
-    def _note(self, name: str, leaves: list[Any], outputs: tuple[Tensor, ...], random: bool) -> Mark:
+    def _note(
+        self, name: str, leaves: list[Any], outputs: tuple[Tensor, ...], random: bool, packing: Packing | None
+    ) -> Mark:
         """Note an event; return the mark of its outputs."""
-        event = Event(
-            name, tuple(map(_look, leaves)), tuple(tuple(t.shape) for t in outputs), tuple(map(_ints, leaves))
-        )
+        shapes = tuple(tuple(t.shape) for t in outputs)
+        event = Event(name, tuple(map(_look, leaves)), shapes, tuple(map(_ints, leaves)), packing)
         at = len(self.events)
         self.events.append(event)
         if self._before is None:
@@ -193,21 +202,32 @@ class Tracer:
             raise UnsupportedModelError(_REDUCED_AND_USED.format(name))
         key = key_of(name, [m for m in marks if m is not None and not isinstance(m, Activation)])
         if key[1]:
-            self.uses.append(self._use(key, layout, leaves, marks, outputs))
+            self.uses.append(self._use(key, layout, leaves, marks, outputs, packing))
         if layout.kind is Kind.DERIVED:
             return key if key[1] else None
         return Reduced() if layout.kind is Kind.SHARED and key[1] else Activation()
 
-    def _use(self, key: Key, layout: Layout, leaves: list[Any], marks: list[Mark], outputs: tuple[Tensor, ...]) -> Use:
+    def _use(
+        self,
+        key: Key,
+        layout: Layout,
+        leaves: list[Any],
+        marks: list[Mark],
+        outputs: tuple[Tensor, ...],
+        packing: Packing | None,
+    ) -> Use:
         leaf_axes = layout.leaves or (None,) * len(leaves)
         output_axes = layout.outputs or (None,) * len(outputs)
         digests = [
             # A parameter does not depend on the batch; what a function of one was made of has been compared before.
-            self._digest(leaf, axis) if mark is None or isinstance(mark, Activation) else None
+            # Batch sizes follow the lengths of all samples, and the packing says how.
+            self._digest(leaf, axis)
+            if (mark is None or isinstance(mark, Activation)) and (packing is None or leaf is not packing.batch_sizes)
+            else None
             for leaf, axis, mark in zip(leaves, leaf_axes, marks, strict=True)
         ]
         out = tuple(self._digest(t, axis) for t, axis in zip(outputs, output_axes, strict=True))
-        return Use(key, layout, torch.is_grad_enabled(), digests, out)
+        return Use(key, layout, torch.is_grad_enabled(), digests, out, packing)
 
     def _is_followed(self, leaf: Any) -> bool:
         return type(leaf) is self._class or isinstance(leaf, nn.Parameter)
@@ -223,6 +243,8 @@ class Tracer:
 
 def conclude(two: Event, three: Event, on_activations: bool) -> Layout:
     """Conclude from the shapes with two and with three samples how one function depends on the batch."""
+    if two.packing is not None and three.packing is not None:
+        return _packed(two.packing, three.packing, three)
     try:
         outputs = tuple(map(_axis, two.outputs, three.outputs))
         if len(two.leaves) != len(three.leaves):
@@ -241,6 +263,17 @@ def conclude(two: Event, three: Event, on_activations: bool) -> Layout:
     if not carries_samples and two.name in _SUMS and all(math.prod(shape) == 1 for shape in three.outputs):
         return Layout(Kind.SHARED, axes, outputs)
     return Layout(Kind.REFUSED, axes, outputs, reason=_REDUCED)
+
+
+def _packed(two: Packing, three: Packing, event: Event) -> Layout:
+    """Conclude for a recurrent layer: packed data has its rows on axis 0, states have the sequences on axis 1."""
+    problem = two.problem(2) or three.problem(3)
+    if problem:
+        return Layout(Kind.REFUSED, reason=problem)
+    data, states = SampleAxis(0, 1), SampleAxis(1, 1)
+    num_states = len(event.outputs) - 1
+    leaves = (data, None, *[states] * num_states, *[None] * (len(event.leaves) - 2 - num_states))
+    return Layout(Kind.PER_SAMPLE, leaves, (data, *[states] * num_states), packed=True)
 
 
 def _repeated(three: Event, outputs: tuple[SampleAxis | None, ...], on_activations: bool) -> Layout:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lightning_dp as ldp
 from tests.bookkeeping.oracle import Batch, Case
+from tests.bookkeeping.recurrent_cases import Tagger
 
 B = 4
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -122,6 +124,18 @@ def transcribed(model: nn.Module, batch: Batch) -> Tensor:
     return model(input_features=batch["x"], labels=batch["ids"]).loss
 
 
+def ragged_text() -> Batch:
+    """Return token ids, how many of them count, and a tag for each."""
+    ids = torch.randint(0, 7, (B, 6))
+    return {"ids": ids, "length": torch.tensor([3, 6, 1, 4]), "y": (ids + ids.roll(1, 1)) % 5}
+
+
+def tagged(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of a tagger of sequences of different lengths."""
+    loss = F.cross_entropy(model(batch["ids"], batch["length"]).mT, batch["y"], reduction="none")
+    return ldp.per_sample_mean(loss, torch.arange(loss.shape[1]) < batch["length"][:, None])
+
+
 WAV2VEC2 = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WAV2VEC2 |= {"intermediate_size": 24, "conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (4, 4)}
 WAV2VEC2 |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
@@ -211,6 +225,7 @@ FAMILIES = [
     Case(
         "Whisper", transformer("WhisperForConditionalGeneration", "WhisperConfig", WHISPER), sounds(8, 40), transcribed
     ),
+    Case("LSTM-tagger", lambda: Tagger(num_layers=2), ragged_text, tagged),
     Case(
         "weight-norm",
         lambda: nn.Sequential(

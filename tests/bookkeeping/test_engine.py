@@ -12,10 +12,11 @@ from lightning_dp.bookkeeping import BookKeeping
 from tests.bookkeeping.cases import CASES, SMALL, Raw, attention_loss, mean_loss, rand, reals, recurrent_loss
 from tests.bookkeeping.families import FAMILIES
 from tests.bookkeeping.oracle import Case, book_of, check, compare, loss_of, observed, reference, to_dtype
+from tests.bookkeeping.recurrent_cases import RECURRENT_CASES
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *RECURRENT_CASES], ids=lambda case: case.name)
 def test_book_equals_the_oracle(case: Case) -> None:
     check(case)
 

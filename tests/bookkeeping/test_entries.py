@@ -60,6 +60,19 @@ def test_inner_products_and_norms_of_several_entries(one: str, other: str) -> No
     torch.testing.assert_close(book.weighted_sums(torch.ones(B))["w"], total.sum(0))
 
 
+def test_entries_of_one_parameter_are_put_together() -> None:
+    torch.manual_seed(0)
+    kinds = ["dense", "outer", "rows", "outer-long", "outer", "dense", "outer"]
+    entries, book = [ENTRIES[kind]() for kind in kinds], Book(B)
+    for entry in entries:
+        book.file("w", entry)
+    book.carry()
+    total = torch.stack([outer_dense(e) for e in entries]).sum(0)
+    torch.testing.assert_close(book.norm_sq(), total.flatten(1).square().sum(1))
+    torch.testing.assert_close(book.weighted_sums(torch.ones(B))["w"], total.sum(0))
+    assert len(book.entries["w"]) == 4, "one of each kind, and the long one, whose cross terms are cheaper apart"
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1])
 @pytest.mark.parametrize("positions", [2, 8, 40])
 def test_a_norm_that_cancels_is_not_below_what_is_added(scale: float, positions: int) -> None:

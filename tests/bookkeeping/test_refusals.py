@@ -173,20 +173,6 @@ def test_routing_by_content_with_equal_counts_when_observed() -> None:
     refused(lambda: Raw(routed, w=rand(5, 4)), batch, "chosen by their content")
 
 
-def test_packed_sequence() -> None:
-    def packed(m: nn.Module, b: Batch) -> Tensor:
-        sequence = nn.utils.rnn.pack_padded_sequence(b["x"], b["length"], batch_first=True, enforce_sorted=False)
-        return m(sequence)[1][0][-1].cos().mean(1).mean()
-
-    for lengths in ([3, 3, 2, 1], [3, 2, 2, 1]):
-        refused(
-            lambda: nn.LSTM(4, 3, batch_first=True),
-            lambda lengths=lengths: {"x": torch.randn(4, 3, 4), "length": torch.tensor(lengths)},
-            "Pad the sequences instead of packing|do not scale",
-            packed,
-        )
-
-
 def test_order_of_rows_that_cannot_be_told() -> None:
     def typed(m: Any, x: Tensor) -> Tensor:
         kinds = torch.zeros(x.shape[1], x.shape[0], dtype=torch.long)  # time-major, the same everywhere

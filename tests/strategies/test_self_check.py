@@ -121,6 +121,34 @@ def test_noise_that_is_shared_out_among_the_samples():
         fit(Noisy(lambda h: h[torch.randperm(len(h))] * h))
 
 
+@pytest.mark.parametrize("lengths", [(2, 3, 9, 4), (2, 9, 3, 4), (3, 3, 8, 2)], ids=str)
+def test_dropout_over_ragged_lengths(lengths):
+    """Padded to the length of a longer neighbour, a sample draws other numbers, and that is no influence."""
+    module = Tagger(ldp.per_sample_mean)
+    module.net = nn.Sequential(nn.Embedding(10, 6), nn.Dropout(0.5), nn.Linear(6, 4))
+    samples = [torch.arange(n) for n in lengths]
+    fit(module, DataLoader(samples, batch_size=3, collate_fn=ragged().collate_fn))
+    coupled = Tagger(lambda loss, mask: ldp.per_sample_mean(loss, mask) + (loss.sum(1) * loss.sum(1).roll(1)).mean())
+    coupled.net = module.net
+    with pytest.raises(UNSUPPORTED, match=r"\(c\)"):
+        fit(coupled, DataLoader(samples, batch_size=3, collate_fn=ragged().collate_fn))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_dropout_between_recurrent_layers(kind):
+    """In the backward pass it is drawn once more, with equal draws for all samples as without."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.head = kind(3, 4, 2, dropout=0.5), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.layers(x.expand(5, -1, -1))[0].mean(0))
+
+    fit(Regression(Recurrent()))
+
+
 def test_a_sum_declared_as_a_mean_and_the_reverse():
     class Sum(Regression):
         def training_step(self, batch, batch_idx):

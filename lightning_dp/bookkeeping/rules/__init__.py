@@ -20,6 +20,7 @@ from lightning_dp.bookkeeping.rules.convolution import convolution, transposed_c
 from lightning_dp.bookkeeping.rules.embedding import embedding
 from lightning_dp.bookkeeping.rules.linear import addmm, linear, matmul
 from lightning_dp.bookkeeping.rules.normalization import group_norm, layer_norm, rms_norm
+from lightning_dp.bookkeeping.rules.recurrent import cell, recurrent
 from lightning_dp.bookkeeping.rules.registered import REGISTERED
 
 _RULES: dict[Callable[..., Any], Rule] = {
@@ -52,6 +53,14 @@ _RULES: dict[Callable[..., Any], Rule] = {
     F.conv_transpose1d: transposed_convolution,
     F.conv_transpose2d: transposed_convolution,
     F.conv_transpose3d: transposed_convolution,
+    torch.lstm: recurrent,
+    torch.gru: recurrent,
+    torch.rnn_tanh: recurrent,
+    torch.rnn_relu: recurrent,
+    torch.lstm_cell: cell,
+    torch.gru_cell: cell,
+    torch.rnn_tanh_cell: cell,
+    torch.rnn_relu_cell: cell,
 }
 
 

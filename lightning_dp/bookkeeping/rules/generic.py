@@ -36,7 +36,7 @@ SLICED, MASKED = "generic: sliced", "generic: one sample at a time (slow)"
 
 def generic(operation: Operation) -> Recording:
     """File the per-sample gradients of every trained argument of any function."""
-    replay, operation_name = _Replay(operation), getattr(operation.func, "__name__", "function")
+    replay, operation_name = Replay(operation), getattr(operation.func, "__name__", "function")
     layout, num_samples = operation.layout, operation.book.num_samples
     axes = [layout.leaves[k] if layout.leaves else None for k in replay.tensors_at]
     sliceable = layout.sliceable and layout.kind is Kind.PER_SAMPLE and None not in layout.outputs
@@ -61,7 +61,7 @@ def generic(operation: Operation) -> Recording:
     return record, replay.saved
 
 
-class _Replay:
+class Replay:
     """A function to be run again with other tensors in the place of its own.
 
     Args:
@@ -82,6 +82,7 @@ class _Replay:
         self._constants = [None if k in held else leaf for k, leaf in enumerate(leaves)]
 
     def __call__(self, trained: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> Outputs:
+        """Run the function once more."""
         leaves = list(self._constants)
         for at, value in zip((*self._trained_at, *self.tensors_at), (*trained, *others), strict=True):
             leaves[at] = value
@@ -94,7 +95,7 @@ class _Replay:
 
 
 def _sliced(
-    replay: _Replay,
+    replay: Replay,
     saved: tuple[Tensor, ...],
     axes: list[SampleAxis | None],
     gradients: tuple[Tensor, ...],
@@ -135,7 +136,7 @@ def _check_unshared(name: str, gradients: tuple[Tensor, ...], axes: tuple[Sample
 
 
 def _masked(
-    replay: _Replay,
+    replay: Replay,
     saved: tuple[Tensor, ...],
     gradients: tuple[Tensor, ...],
     output_axes: tuple[SampleAxis | None, ...],
