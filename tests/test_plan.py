@@ -322,7 +322,8 @@ def test_repeated_uses_are_counted():
 
     row = rows(planned(Regression(Twice())))["net.first.weight"]
     assert row.functions == ("linear ×2",)
-    assert row.methods == ("ghost norm", "cross terms")
+    # Two positions, put together: two inputs saved, and two rows of inputs and of output gradients in the book.
+    assert (row.methods, row.bytes_per_sample) == (("ghost norm",), 4 * (2 * 3 + 2 * 3 + 2 * 3))
 
 
 def test_layers_dropped_at_random_are_not_unused():

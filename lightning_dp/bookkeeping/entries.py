@@ -239,8 +239,9 @@ def put_together(entries: Sequence[Entry]) -> list[Entry]:
     small = [e for e in entries if type(e) is Outer and e.a.shape[1] <= _FEW]
     found: list[Entry] = [e for e in entries if e not in {*dense, *small}]
     found += [Dense(reduce(torch.add, [e.g for e in dense]))] if len(dense) > 1 else dense
-    found += [Outer(torch.cat([e.a for e in small], 1), torch.cat([e.g for e in small], 1))] if small else []
-    return found
+    if len(small) > 1:  # one alone would only be copied
+        return [*found, Outer(torch.cat([e.a for e in small], 1), torch.cat([e.g for e in small], 1))]
+    return [*found, *small]
 
 
 def inner(e: Entry, f: Entry) -> Tensor:

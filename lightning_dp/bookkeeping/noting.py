@@ -114,14 +114,27 @@ class NotingBook(Book):
     def carry(self) -> None:
         """Carry the entries of derived tensors back; their time and memory belong to the uses that filed them."""
         carried = {id(entry) for _, entry in self.derived}
-        waiting = [use for use in self.uses if id(use.entries[0]) in carried]
+        waiting = [use for use in self.uses if any(id(entry) in carried for entry in use.entries)]
+        filed = {name: list(entries) for name, entries in self.entries.items()}
         first, before = len(self.uses), now()
         super().carry()
-        arrived = {use.parameter: use for use in self.uses[first:]}
+        arrived = {use.parameter: use.entries for use in self.uses[first:]}
         del self.uses[first:]
         for use in waiting:
             use.seconds += (now() - before) / len(waiting)
-            use.entries += arrived[use.parameter].entries if use.parameter in arrived else []
+            use.entries += arrived.get(use.parameter, [])
+        for name, entries in self.entries.items():
+            self._put_together(name, [*filed.get(name, []), *arrived.get(name, [])], entries)
+
+    def _put_together(self, name: str, before: Sequence[Entry], now_held: Sequence[Entry]) -> None:
+        """Note that the book holds other entries for a parameter than those that were filed."""
+        fresh = [entry for entry in now_held if entry not in before]
+        gone = [entry for entry in before if entry not in now_held]
+        losing = [use for use in self.uses if use.parameter == name and any(entry in gone for entry in use.entries)]
+        for use in losing:
+            use.entries = [entry for entry in use.entries if entry not in gone]
+        if losing:
+            losing[0].entries += fresh
 
     def _refuse(self, key: Key, layout: Layout, error: UnsupportedModelError) -> None:
         refusal = Refusal(names_in(key), plain_name(key[0]), layout.where, layout.reason or str(error))
