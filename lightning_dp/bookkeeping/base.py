@@ -24,8 +24,8 @@ class Keeping(ABC):
         self._trained, self._others = dict(trained), dict(others or {})
 
     def trains(self, parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Whether the trained parameters are exactly these."""
-        return {id(p) for p in parameters.values()} == {id(p) for p in self._trained.values()}
+        """Whether the trained parameters are exactly these, under these names; pruning gives them others."""
+        return {n: id(p) for n, p in parameters.items()} == {n: id(p) for n, p in self._trained.items()}
 
     @abstractmethod
     def observe(self, forward: Forward, varied: bool = True) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, inner, put_together
 from lightning_dp.bookkeeping.layout import Key
+from lightning_dp.bookkeeping.refusals import kept_from_before
 
 
 @dataclass(eq=False)
@@ -34,6 +35,18 @@ class Derived:
     identity: Key
     source: str | Derived | None = None
     transposed: bool = False
+
+
+def release(t: Tensor) -> None:
+    """Make an ordinary tensor of a derived one that the model kept, which must not be differentiated any more."""
+    derived: Derived = vars(t).pop("derived")
+    t.__class__ = Tensor
+
+    def hook(*_: Tensor) -> None:  # the graph ends in copies of the parameters, so the gradient would be lost
+        raise kept_from_before(derived.identity)
+
+    assert t.grad_fn is not None, "a function of roots"
+    t.grad_fn.register_prehook(hook)
 
 
 Target = str | Derived

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping.axes import SampleAxis, find_axis
 from lightning_dp.bookkeeping.observation import Digest, changed, digest, order
+from lightning_dp.bookkeeping.operators import OperatorMode
 from lightning_dp.bookkeeping.source import calling_line
 
 Shape = tuple[int, ...]
@@ -32,7 +33,7 @@ class _Operator:
     digests: list[Digest | None]
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(OperatorMode):
     """Notes every operator of a forward pass.
 
     Args:
@@ -44,8 +45,8 @@ class _Watch(TorchDispatchMode):
         self.operators: list[_Operator] = []
         self._two = two or []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def operator(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         if torch._C._current_graph_task_id() == -1:  # not in a backward pass
             tensors = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
             self.operators.append(self._noted(func.overloadpacket.__name__, tensors))

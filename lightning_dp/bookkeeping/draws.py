@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import OpOverload
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_dp.bookkeeping.axes import find_axis
+from lightning_dp.bookkeeping.operators import OperatorMode
 
 Shapes = list[tuple[int, ...] | None]
 """The shapes of what a random operator takes and returns; ``None`` for anything without a shape."""
@@ -26,7 +27,7 @@ _MANY = 2**32
 """More than a pass draws: the seed of what comes after a draw, whatever the draw's size."""
 
 
-class EqualDraws(TorchDispatchMode):
+class EqualDraws(OperatorMode):
     """Lets every random operator draw the same numbers for all samples.
 
     An axis that holds samples is found as everywhere: it grows from two samples to three. What torch does not draw, and
@@ -43,8 +44,8 @@ class EqualDraws(TorchDispatchMode):
         self._numbers: dict[Hashable, int] = {}
         self._axes = [_axes(*pair) for pair in zip(two or [], three or [], strict=False)]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operator(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Draw the same for every sample."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_size)

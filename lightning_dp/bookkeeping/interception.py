@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +28,17 @@ Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 without_interception = torch._C.DisableTorchFunctionSubclass
 """Context in which torch functions run as if no class had been swapped."""
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Run what ``torch.compile`` compiled as it was written.
+
+    A compiled function would trace the book-keeping along with the model, break its graph at every parameter and be
+    compiled again for every swap.
+    """
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
 
 _NOT_DIFFERENTIATED = {
     "__deepcopy__", "__format__", "__reduce_ex__", "__repr__", "__set__", "detach", "is_shared", "numpy", "pin_memory",
@@ -89,7 +100,8 @@ def swapped(parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[
                 )
             originals.append((parameter, own))
             parameter.__class__ = class_for(own)
-        yield
+        with uncompiled():
+            yield
     finally:
         for parameter, own in originals:
             parameter.__class__ = own

@@ -20,6 +20,8 @@ class LoopKeeping(Keeping):
     ordinary training with a batch of one.
     """
 
+    _is_open = False
+
     def observe(self, forward: Forward, varied: bool = True) -> None:
         """Do nothing: there is nothing to know."""
 
@@ -30,7 +32,8 @@ class LoopKeeping(Keeping):
             ValueError: If it is one of more than one sample.
         """
         if num_samples is not None:
-            self.abandon()
+            self._drop()
+            self._is_open = True
             if num_samples != 1:
                 raise ValueError(f"a loop over the samples got a batch of {num_samples}; expected one")
         return nullcontext()
@@ -45,6 +48,11 @@ class LoopKeeping(Keeping):
         return book
 
     def abandon(self) -> None:
-        """Drop all gradients."""
+        """Drop the gradients of an unfinished pass."""
+        if self._is_open:
+            self._drop()
+        self._is_open = False
+
+    def _drop(self) -> None:
         for parameter in (*self._trained.values(), *self._others.values()):
             parameter.grad = None

@@ -9,13 +9,14 @@ computes no weight gradient; a `Tap` on its output receives the output gradient 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.book import Book, Derived, Target
+from lightning_dp.bookkeeping.book import Book, Derived, Target, release
 from lightning_dp.bookkeeping.call import Call, identity, is_copy, is_transposition
 from lightning_dp.bookkeeping.interception import (
     Tap,
@@ -68,6 +69,7 @@ class Recorder:
         self._occurrences: dict[Key, int] = {}
         self._roots: dict[str, Tensor] = {}
         self._derived_class = intercepting(Tensor, self.dispatch)
+        self._made: list[weakref.ref[Tensor]] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._anchor_node = torch.autograd.graph.get_gradient_edge(self._anchor).node
         self._num_taps = self._num_received = 0
@@ -100,10 +102,13 @@ class Recorder:
             UnsupportedModelError: If a gradient went past the book.
         """
         self._closed = True
-        if self._num_taps and not self._num_received:
-            raise no_gradient()
-        self._layouts.check_counts(self._occurrences)
-        self.carry()
+        try:
+            if self._num_taps and not self._num_received:
+                raise no_gradient()
+            self._layouts.check_counts(self._occurrences)
+            self.carry()
+        finally:
+            self.abandon()
         return self.book
 
     def carry(self) -> None:
@@ -118,8 +123,13 @@ class Recorder:
         self.book.carry()
 
     def abandon(self) -> None:
-        """End the pass without a book."""
+        """End the pass without a book; functions of parameters that the model kept become ordinary tensors."""
         self._closed = True
+        for reference in self._made:
+            t = reference()
+            if t is not None:
+                release(t)
+        self._made.clear()
 
     def _run(self, call: Call) -> Any:
         """Run a function of a parameter and something else, as it was observed."""
@@ -209,6 +219,7 @@ class Recorder:
             derived.source, derived.transposed = targets[0], is_transposition(call)
         tensor = value.as_subclass(self._derived_class)
         tensor.derived = derived  # type: ignore[attr-defined]
+        self._made.append(weakref.ref(tensor))
         return tensor
 
     def _is_constant(self, t: Tensor) -> bool:

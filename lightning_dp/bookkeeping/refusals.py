@@ -63,7 +63,8 @@ def inner_gradient(of: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"the training step differentiates with respect to {of} in a way that goes into the loss (torch.autograd.grad, "
         "or create_graph=True for a gradient penalty): the parameters' share of it has no per-sample gradient here. "
-        "Detach the inner gradient, or leave it out of the loss."
+        "Detach the inner gradient, leave it out of the loss, or train without the book, one sample at a time: "
+        "DPStrategy(clipping_engine='loop')."
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import OpOverload
 
 from lightning_dp.bookkeeping.layout import Layout
+from lightning_dp.bookkeeping.operators import OperatorMode
 from lightning_dp.bookkeeping.packing import in_recurrent_utilities
 
 ROUNDS = 40
@@ -34,7 +35,7 @@ _REORDERED = (
 _RAGGED = {"nonzero", "masked_select", "repeat_interleave", "_unique2", "unique_dim", "unique_consecutive"}
 
 
-class Witness(TorchDispatchMode):
+class Witness(OperatorMode):
     """Sees every operator of a pass, whether a parameter enters it or not.
 
     It collects the sizes of tensors whose shape depends on contents (``x[mask]``, ``nonzero``, ``unique``; the data of
@@ -49,11 +50,12 @@ class Witness(TorchDispatchMode):
         self.reorders_samples = False
         self.num_draws, self._seed, self._num_samples = 0, seed, num_samples
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def operator(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Seed, run and note an operator."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.num_draws += 1
             torch.manual_seed(ROUNDS * self.num_draws + self._seed)
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         by_mask = name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
         if by_mask or name in _RAGGED:

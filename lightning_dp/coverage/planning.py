@@ -200,7 +200,7 @@ class _Rehearsal:
         return Bench(
             module=self._module,
             found=found,
-            trial=manual or AutomaticTrial(self._step),
+            trial=manual or AutomaticTrial(self._module, self._step),
             batch=self._moved(loader.batch_of(indices)),
             num_samples=count,
             singles=tuple(self._moved(loader.batch_of([i])) for i in indices) if self._is_loop else (),

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -42,11 +43,29 @@ def check_trainer(trainer: pl.Trainer) -> None:
             "limit_train_batches or a smaller dataset to try something quickly."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if type(callback).__name__ in _TUNERS:
-            raise PrivacyConfigurationError(
-                f"{type(callback).__name__} trains on private data to choose a setting and then rolls the model back, "
-                "but not what was released. Choose learning rate and batch size on public data."
-            )
+        _check_callback(callback, trainer.lightning_module)
+
+
+def _check_callback(callback: pl.Callback, module: pl.LightningModule) -> None:
+    """Raise for a callback that would release more of the training data than the noisy gradients."""
+    if type(callback).__name__ in _TUNERS:
+        raise PrivacyConfigurationError(
+            f"{type(callback).__name__} trains on private data to choose a setting and then rolls the model back, "
+            "but not what was released. Choose learning rate and batch size on public data."
+        )
+    if isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches():
+        raise PrivacyConfigurationError(
+            f"GradientAccumulationScheduler(scheduling={callback.scheduling}): expected accumulate_grad_batches=1 in "
+            "every epoch. The dataloader's batch_size is the expected logical batch; leave the callback out."
+        )
+    if isinstance(callback, StochasticWeightAveraging):
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                raise PrivacyConfigurationError(
+                    f"StochasticWeightAveraging computes the statistics of layer '{name}' ({type(layer).__name__}) "
+                    "anew from the training data, without noise. Replace it by GroupNorm or LayerNorm, or average the "
+                    "weights by WeightAveraging (Lightning 2.6), which leaves the statistics alone."
+                )
 
 
 def check_module(module: pl.LightningModule, public: Iterable[Optimizer] = ()) -> None:
@@ -123,7 +142,7 @@ def trained_parameters(
     if not trained:
         raise PrivacyConfigurationError(
             f"no trainable parameter: none of the parameters given to the optimizer of {type(module).__name__} has "
-            "requires_grad=True. Unfreeze at least one."
+            "requires_grad=True. Unfreeze at least one, and return an optimizer for it from configure_optimizers()."
         )
     held = {id(parameter) for parameter in trained.values()}
     held |= {id(p) for group in named_groups(module, public).values() for p in group.values()}

@@ -250,6 +250,8 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         return before
 
     def _forget(self) -> None:
+        if self._prepared is not None:
+            self._prepared.keeping.abandon()
         self._prepared, self._stepping = None, Unprepared()
 
     def _moved(self, batch: Any) -> Any:

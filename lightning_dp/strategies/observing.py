@@ -12,10 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping import BookKeeping, Keeping, Subject, self_check
+from lightning_dp.bookkeeping.interception import uncompiled
 from lightning_dp.data import PoissonLoader
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.strategies.trials import ManualTrial, Trial
@@ -56,7 +58,8 @@ class Observer:
         """
         if not isinstance(keeping, BookKeeping):
             return  # a sample that is alone in its batch depends on no other
-        self._observe(keeping, trained, check)
+        with uncompiled():  # also where autograd is compared: compiled code may draw other random numbers
+            self._observe(keeping, trained, check)
 
     @property
     def num_samples(self) -> int:
@@ -100,6 +103,7 @@ class Observer:
 
     def _choose_samples(self) -> None:
         """Choose up to four samples, evenly spread over the dataset and of different sizes, whose loss is finite."""
+        self._initialize()
         size, wanted = self._loader.num_examples, len(_LETTERS)
         count = min(4 * wanted, size)
         spread = [k * size // count for k in range(count)]
@@ -120,6 +124,12 @@ class Observer:
             )
         self._index = dict(zip(_LETTERS, found, strict=False))
         self._check_order()
+
+    def _initialize(self) -> None:
+        """Let lazy modules initialise their parameters, which depends on shapes alone."""
+        if any(is_lazy(p) for p in self._module.parameters()):
+            with uncompiled(), undisturbed(self._module):
+                self._trial.loss(self._loader.batch_of([0, 0]))
 
     def _check_order(self) -> None:
         """Raise if batches are put into an order of their own: then no row of a batch is known to be a sample's."""

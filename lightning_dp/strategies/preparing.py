@@ -110,7 +110,7 @@ def find(
     mean_loss = run.settings.loss_reduction == "mean"
     assert run.loader is not None, "settled with the dataloader"
     if module.automatic_optimization:
-        trial = AutomaticTrial(run_step)
+        trial = AutomaticTrial(module, run_step)
         trained, others = _checked_parameters(module)
         return Found(trial, Observer(module, run.loader, trial, mean_loss=mean_loss), trained, others)
     manual = ManualTrial(module, run_step, put)

@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -56,11 +56,12 @@ class AutomaticTrial(Trial):
     """A training step that returns its loss.
 
     Args:
+        module: The user's module.
         run_step: Transfers a batch and runs the training step on it.
     """
 
-    def __init__(self, run_step: Callable[[Any], Any]) -> None:
-        self._run_step = run_step
+    def __init__(self, module: pl.LightningModule, run_step: Callable[[Any], Any]) -> None:
+        self._module, self._run_step = module, run_step
 
     def loss(self, batch: Any) -> Tensor | None:
         """Return the loss, if there is one."""
@@ -76,8 +77,9 @@ class AutomaticTrial(Trial):
 
     def gradients(self, trained: Mapping[str, nn.Parameter], batch: Any) -> list[Gradients]:
         """Return the gradients of the loss."""
-        found = torch.autograd.grad(self._required_loss(batch), list(trained.values()), allow_unused=True)
-        return [{n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), found, strict=True)}]
+        with _gradients_put_aside([*trained.values(), *self._module.parameters()]):
+            self._required_loss(batch).backward()  # autograd.grad would run no reentrant checkpoint
+            return [{name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}]
 
     def _required_loss(self, batch: Any) -> Tensor:
         loss = self.loss(batch)
@@ -168,30 +170,39 @@ class ManualTrial(Trial):
     @contextmanager
     def _without_effect(self, stepping: Stepping) -> Iterator[None]:
         """Put back afterwards: gradients, schedules, what the trainer counts."""
-        strategy, parameters = self._module.trainer.strategy, list(self._module.parameters())
-        gradients = [p.grad for p in parameters]
+        strategy = self._module.trainer.strategy
         counters = [(o, o._on_before_step, o._on_after_step) for o in strategy._lightning_optimizers]
         schedules = [(c.scheduler, copy.deepcopy(c.scheduler.state_dict())) for c in strategy.lr_scheduler_configs]
         groups = [(group, dict(group)) for optimizer in strategy.optimizers for group in optimizer.param_groups]
         before = self._put(stepping)
         try:
-            for p in parameters:
-                p.grad = None
             for wrapped, *_ in counters:
                 wrapped._on_before_step = wrapped._on_after_step = do_nothing_closure
-            with warnings.catch_warnings():  # in a trial no optimizer steps before a schedule does
+            with _gradients_put_aside(self._module.parameters()), warnings.catch_warnings():
+                # In a trial no optimizer steps before a schedule does.
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 yield
         finally:
             self._put(before)
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
             for wrapped, on_before_step, on_after_step in counters:
                 wrapped._on_before_step, wrapped._on_after_step = on_before_step, on_after_step
             for schedule, state in schedules:
                 schedule.load_state_dict(state)
             for group, settings in groups:
                 group.update(settings)
+
+
+@contextmanager
+def _gradients_put_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let autograd write gradients inside, and put back afterwards what was there."""
+    before = {id(p): (p, p.grad) for p in parameters}
+    for p, _ in before.values():
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in before.values():
+            p.grad = gradient
 
 
 class _Traced(Stepping):

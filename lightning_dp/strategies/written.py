@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import OpOverload
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten
 
+from lightning_dp.bookkeeping.operators import OperatorMode
 
-class Written(TorchDispatchMode):
+
+class Written(OperatorMode):
     """Undoes every write into a parameter; copies a parameter only when it is about to be written.
 
     Args:
@@ -28,18 +31,19 @@ class Written(TorchDispatchMode):
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.names: set[str] = set()
-        self._parameters = dict(parameters)
-        self._data = {name: p.data for name, p in parameters.items()}
+        self._parameters = {name: p for name, p in parameters.items() if not is_lazy(p)}
+        self._data = {name: p.data for name, p in self._parameters.items()}
         self._copies: dict[str, Tensor] = {}
-        self._at = {_address(p): name for name, p in parameters.items() if p.numel()}
+        self._at = {_address(p): name for name, p in self._parameters.items() if p.numel()}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def operator(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Copy what an operator is about to write."""
         if func._schema.is_mutable:
-            for t in _written_by(func, args, kwargs or {}):
+            for t in _written_by(func, args, kwargs):
                 name = self._at.get(_address(t))
                 if name is not None and name not in self._copies:
                     self._copies[name] = self._data[name].clone()
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def undo(self) -> None:
         """Give the parameters back what they held."""

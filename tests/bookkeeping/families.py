@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lightning_dp as ldp
 from tests.bookkeeping.oracle import Batch, Case
+from tests.bookkeeping.other_families import OTHER_FAMILIES
 from tests.bookkeeping.recurrent_cases import Tagger
 
 B = 4
@@ -77,11 +78,14 @@ def transformer(kind: str, config: str, options: dict[str, Any]) -> Callable[[],
     return build
 
 
-def adapted() -> nn.Module:
-    """Return a GPT-2 with low-rank adapters."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["c_attn"], r=4, fan_in_fan_out=True)
-    return peft.get_peft_model(transformer("GPT2LMHeadModel", "GPT2Config", {**GPT2, **GPT2_NO_DROPOUT})(), config)
+def adapted(build: Callable[[], nn.Module], **options: Any) -> Callable[[], nn.Module]:
+    """Return the recipe of a model with low-rank adapters."""
+
+    def with_adapters() -> nn.Module:
+        peft = pytest.importorskip("peft")
+        return peft.get_peft_model(build(), peft.LoraConfig(r=4, **options))
+
+    return with_adapters
 
 
 def image_model(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -169,7 +173,37 @@ FAMILIES = [
         text,
         next_token,
     ),
-    Case("LoRA", adapted, text, next_token),
+    Case(
+        "LoRA",
+        adapted(
+            transformer("GPT2LMHeadModel", "GPT2Config", {**GPT2, **GPT2_NO_DROPOUT}),
+            target_modules=["c_attn"],
+            fan_in_fan_out=True,
+        ),
+        text,
+        next_token,
+    ),
+    Case(
+        "LoRA-BERT",
+        adapted(
+            transformer("BertForSequenceClassification", "BertConfig", {**SMALL, **NO_DROPOUT}),
+            target_modules=["query", "value"],
+            modules_to_save=["classifier"],
+            bias="lora_only",
+        ),
+        text,
+        label,
+    ),
+    Case(
+        "DoRA-Llama",
+        adapted(
+            transformer("LlamaForCausalLM", "LlamaConfig", LLAMA),
+            target_modules=["q_proj", "v_proj", "embed_tokens"],
+            use_dora=True,
+        ),
+        text,
+        next_token,
+    ),
     Case("DistilBERT", transformer("DistilBertForSequenceClassification", "DistilBertConfig", DISTIL), text, label),
     Case(
         "ALBERT",
@@ -240,4 +274,5 @@ FAMILIES = [
         images(32),
         picture,
     ),
+    *OTHER_FAMILIES,
 ]
