@@ -301,7 +301,7 @@ def test_derived_and_generic_functions():
 
         def forward(self, x):
             recurrent = self.lstm(x[:, None].expand(-1, 3, -1))[0].mean(1)
-            return (x @ self.transposed.weight + self.normed(x) + recurrent) * self.scale
+            return (x @ self.transposed.weight + self.normed(x) + recurrent).abs() ** self.scale
 
     found = rows(planned(Regression(Odd())))
     assert found["net.transposed.weight"].functions == ("matmul",)

@@ -22,12 +22,19 @@ class SampleAxis:
     Args:
         dim: The axis.
         rows: Rows of one sample when it was observed; 1 is binding, more may change with the sequence length.
-        rows_outermost: Whether the axis runs over (row, sample) rather than over (sample, row).
+        together: How many rows of one sample follow each other before those of the next: all for ``None``; one if the
+            axis runs over (row, sample); and F where frames of a sample were merged with it and T tokens then put in
+            front, as in ``[T * B * F]``. Any other number than one or all binds ``rows``.
     """
 
     dim: int
     rows: int
-    rows_outermost: bool = False
+    together: int | None = None
+
+    @property
+    def rows_outermost(self) -> bool:
+        """Whether the axis runs over (row, sample)."""
+        return self.together == 1
 
     def split(self, t: Tensor, num_samples: int) -> Tensor:
         """Return ``t`` with a new leading axis over the samples; axis ``dim`` keeps the rows of one sample.
@@ -43,13 +50,26 @@ class SampleAxis:
                 "routed or filtered by their content have no per-sample gradient here: freeze the parameter that "
                 "they enter, or keep the number of rows fixed (mask instead of filter)."
             )
-        if self.rows_outermost:
-            return t.unflatten(self.dim, (rows, num_samples)).movedim(self.dim + 1, 0)
-        return t.unflatten(self.dim, (num_samples, rows)).movedim(self.dim, 0)
+        if self.together is None:
+            return t.unflatten(self.dim, (num_samples, rows)).movedim(self.dim, 0)
+        if self.together != 1 and rows != self.rows:
+            raise UnsupportedModelError(
+                f"axis {self.dim} of a tensor of shape {tuple(t.shape)} held {self.rows} rows of each sample when it "
+                f"was observed, {self.together} of them together, and now holds {rows}: which belong to which sample "
+                "cannot be told. Pad the samples to one length, or keep an axis of the samples alone."
+            )
+        split = t.unflatten(self.dim, (rows // self.together, num_samples, self.together)).movedim(self.dim + 1, 0)
+        return split.flatten(self.dim + 1, self.dim + 2)
 
-    def with_rows_outermost(self) -> SampleAxis:
-        """Return the same axis, running over (row, sample)."""
-        return replace(self, rows_outermost=True)
+    def join(self, split: Tensor) -> Tensor:
+        """Return ``[*, *t.shape]`` from ``[*, B, *]``, what `split` made of ``t``, with one more axis ahead of it."""
+        together = self.together or split.shape[self.dim + 2]
+        apart = split.unflatten(self.dim + 2, (-1, together)).movedim(1, self.dim + 2)
+        return apart.flatten(self.dim + 1, self.dim + 3)
+
+    def ordered(self, together: int) -> SampleAxis:
+        """Return the same axis with so many rows of a sample together."""
+        return replace(self, together=None if together == self.rows else together)
 
 
 def merge_rows(split: Tensor, feature_dims: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_dp.bookkeeping.book import Book
 from lightning_dp.bookkeeping.observation import Forward
+from lightning_dp.errors import UnsupportedModelError
 
 
 class Keeping(ABC):
@@ -18,10 +19,19 @@ class Keeping(ABC):
     Args:
         trained: The parameters whose gradients are kept, by name.
         others: Further parameters that require a gradient but are not trained: they are treated as constants.
+
+    Raises:
+        UnsupportedModelError: If a trained parameter is complex.
     """
 
     def __init__(self, trained: Mapping[str, nn.Parameter], others: Mapping[str, nn.Parameter] | None = None) -> None:
         self._trained, self._others = dict(trained), dict(others or {})
+        for name, parameter in trained.items():
+            if parameter.is_complex():
+                raise UnsupportedModelError(
+                    f"parameter '{name}' is complex ({parameter.dtype}): norms and noise are those of real numbers. "
+                    "Hold its real and imaginary parts in a real parameter p and use torch.view_as_complex(p)."
+                )
 
     def trains(self, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether the trained parameters are exactly these, under these names; pruning gives them others."""

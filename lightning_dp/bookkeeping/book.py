@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, inner, put_together
+from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, combined, inner
 from lightning_dp.bookkeeping.layout import Key
-from lightning_dp.bookkeeping.refusals import kept_from_before
+from lightning_dp.bookkeeping.refusals import kept_from_before, overwritten
 
 
 @dataclass(eq=False)
@@ -35,11 +35,17 @@ class Derived:
     identity: Key
     source: str | Derived | None = None
     transposed: bool = False
+    version: int = field(init=False)
+    """That of ``value`` when it was made: if it is another, the graph is now that of other values."""
+
+    def __post_init__(self) -> None:
+        self.version = self.value._version
 
 
 def release(t: Tensor) -> None:
     """Make an ordinary tensor of a derived one that the model kept, which must not be differentiated any more."""
     derived: Derived = vars(t).pop("derived")
+    vars(t).pop("version", None)
     t.__class__ = Tensor
 
     def hook(*_: Tensor) -> None:  # the graph ends in copies of the parameters, so the gradient would be lost
@@ -76,15 +82,17 @@ class Book:
             self.entries.setdefault(target, []).append(entry)
 
     def carry(self) -> None:
-        """Carry the entries of derived tensors back to their parameters, and put those of one parameter together."""
+        """Carry the entries of derived tensors back to their parameters, and combine those of one parameter."""
         if self.derived:
             self._carry_back()
-        self.entries = {name: put_together(entries) for name, entries in self.entries.items()}
+        self.entries = {name: combined(entries) for name, entries in self.entries.items()}
 
     def _carry_back(self) -> None:
-        """Run one vmapped backward pass through all derived tensors."""
+        """Differentiate all derived tensors by one vmapped backward pass."""
         gradients: dict[Derived, Tensor] = {}
         for tensor, entry in self.derived:
+            if tensor.value._version != tensor.version:
+                raise overwritten(tensor.identity)
             dense = entry.dense().reshape(self.num_samples, *tensor.value.shape)
             gradients[tensor] = gradients[tensor] + dense if tensor in gradients else dense
         self.derived.clear()

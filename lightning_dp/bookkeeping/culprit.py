@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping.axes import SampleAxis, find_axis
-from lightning_dp.bookkeeping.observation import Digest, changed, digest, order
+from lightning_dp.bookkeeping.observation import Digest, changed, digest, orders_of
 from lightning_dp.bookkeeping.operators import OperatorMode
 from lightning_dp.bookkeeping.source import calling_line
 
@@ -86,10 +86,10 @@ def _search(batch_of: Callable[[str], Any], run: Callable[[Any], object]) -> str
         if mine.axes is None or mine.name != its.name or mine.shapes != its.shapes or its.axes is None:
             return _said(mine)
         rows = zip(mine.axes, mine.digests, its.digests, strict=True)
-        orders = [(axis, order(axis, changed(x, y), x)) for axis, x, y in rows]
-        if any(axis is not None and found == "coupled" for axis, found in orders):
+        coupled = [axis for axis, x, y in rows if not orders_of(axis, changed(x, y), x)]
+        if any(axis is not None for axis in coupled):
             return _said(mine)
-        if any(axis is None and found == "coupled" for axis, found in orders):
+        if coupled:
             reduced = reduced or _said(mine)
     return reduced
 

@@ -12,8 +12,7 @@ Shapes: B samples, T positions of one sample, d inputs, p outputs, V rows of a t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ _MAX_KEPT = 2**28
 """Largest number of elements of a per-sample gradient that is kept (1 GiB in float32)."""
 
 _FEW = 8
-"""Up to so many positions, entries of one parameter are put together: a cell unrolled over time makes hundreds."""
+"""Up to so many positions, two entries of one parameter are joined."""
 
 CANCELLATION = 1e-2
 """Below this share of its largest possible value, divided by the number of its terms, a ghost norm has lost too many
@@ -213,11 +212,14 @@ class Rows(Entry):
     def dense(self) -> Tensor:
         """Return the tables, mostly zeros."""
         batch, _, d = self.g.shape
-        zeros = self.g.new_zeros(batch, self.num_rows, d)
-        return zeros.scatter_add_(1, self.index[:, :, None].expand_as(self.g), self.g)
+        first = torch.arange(batch, device=self.index.device)[:, None] * self.num_rows
+        zeros = self.g.new_zeros(batch * self.num_rows, d)
+        return zeros.index_add_(0, (self.index + first).flatten(), self.g.flatten(0, 1)).unflatten(0, (batch, -1))
 
     def norm_sq(self) -> Tensor:
-        """Return the norms without the tables."""
+        """Return the norms, without the tables unless they are smaller than ``g``."""
+        if self.num_rows <= self.g.shape[1]:
+            return super().norm_sq()
         same_row = self.index[:, :, None] == self.index[:, None, :]
         # Positions of one row are added before the square, so that no cancellation can hide in the Gram matrix.
         merged = torch.bmm(same_row.to(self.g.dtype), self.g).square().sum(-1)
@@ -231,17 +233,6 @@ class Rows(Entry):
     def where(self, keep: Tensor) -> Rows:
         """Return the masked entry."""
         return Rows(self.index, _masked(self.g, keep), self.num_rows)
-
-
-def put_together(entries: Sequence[Entry]) -> list[Entry]:
-    """Return fewer entries of the same sum, so that their cross terms do not grow with the square of their number."""
-    dense: list[Entry] = [e for e in entries if isinstance(e, Dense)]
-    small = [e for e in entries if type(e) is Outer and e.a.shape[1] <= _FEW]
-    found: list[Entry] = [e for e in entries if e not in {*dense, *small}]
-    found += [Dense(reduce(torch.add, [e.g for e in dense]))] if len(dense) > 1 else dense
-    if len(small) > 1:  # one alone would only be copied
-        return [*found, Outer(torch.cat([e.a for e in small], 1), torch.cat([e.g for e in small], 1))]
-    return [*found, *small]
 
 
 def inner(e: Entry, f: Entry) -> Tensor:
@@ -258,6 +249,24 @@ def inner(e: Entry, f: Entry) -> Tensor:
     return (_per_sample(e.dense()) * _per_sample(f.dense())).sum(1)
 
 
+def combined(entries: Sequence[Entry]) -> list[Entry]:
+    """Return entries of one parameter with the same sum: its matrix products, and its materialised gradients, as one.
+
+    The k uses of a parameter, as in a recurrence, have k^2 inner products; as one product over all positions, none. Two
+    long ones are left apart: joined they would be copied, and their inner product be computed twice.
+    """
+    if len(entries) == 1:
+        return list(entries)
+    products = [e for e in entries if type(e) is Outer]
+    dense = [e for e in entries if type(e) is Dense]
+    others = [e for e in entries if type(e) not in (Outer, Dense)]
+    if len(products) > 2 or (len(products) > 1 and max(e.a.shape[1] for e in products) <= _FEW):
+        products = [Outer(_joined(e.a for e in products), _joined(e.g for e in products))]
+    if len(dense) > 1:
+        dense = [Dense(torch.stack([e.g for e in dense]).sum(0))]
+    return [*products, *others, *dense]
+
+
 def accurate(t: Tensor) -> Tensor:
     """Return ``t`` without its graph, in float32 if it is stored in 16 bits: a norm summed in 16 bits is no bound."""
     t = t.detach()
@@ -267,6 +276,11 @@ def accurate(t: Tensor) -> Tensor:
 def _per_sample(t: Tensor) -> Tensor:
     """Return ``[B, n]`` from ``[B, *shape]``."""
     return t.reshape(t.shape[0], -1)
+
+
+def _joined(tensors: Iterable[Tensor]) -> Tensor:
+    """Return one tensor ``[B, T_1 + T_2 + ..., d]``."""
+    return torch.cat(list(tensors), 1)
 
 
 def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

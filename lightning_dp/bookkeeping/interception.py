@@ -53,6 +53,8 @@ _IN_PLACE_OPERATORS = {
 
 _LIKE_OTHER = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 
+_CASTS = {Tensor.to, Tensor.type_as}
+
 _CONTAINERS = (list, tuple, dict)
 
 _COMPOSITES = {F.multi_head_attention_forward}
@@ -69,6 +71,8 @@ def intercepting(base: type[Tensor], handler: Handler) -> type[Tensor]:
             return _without_own_override(func)(*args, **(kwargs or {}))
         if func is Tensor.__iter__:  # returns no tensor; its parts are seen as those of unbind
             return iter(args[0].unbind(0))
+        if func in _CASTS and len(args) > 1 and isinstance(args[1], Tensor):  # of which only dtype and device count
+            return args[0].to(args[1].device, args[1].dtype, *args[2:], **(kwargs or {}))
         return handler(func, args, kwargs or {})
 
     namespace = {"__torch_function__": classmethod(__torch_function__), "__module__": __name__, "is_swapped": True}
@@ -203,9 +207,9 @@ def map_leaves(
 
 
 def float_outputs(result: Any) -> tuple[Tensor, ...]:
-    """Return the outputs of a function that can have a gradient."""
+    """Return the outputs of a function that can have a gradient: real and complex ones."""
     outputs = result if isinstance(result, tuple | list) else (result,)
-    return tuple(t for t in outputs if isinstance(t, Tensor) and t.is_floating_point())
+    return tuple(t for t in outputs if _is_float(t))
 
 
 def with_float_outputs(result: Any, replacements: Iterable[Tensor]) -> Any:
@@ -213,23 +217,25 @@ def with_float_outputs(result: Any, replacements: Iterable[Tensor]) -> Any:
     fresh = iter(replacements)
     if not isinstance(result, tuple | list):
         return next(fresh)
-    return type(result)([next(fresh) if isinstance(t, Tensor) and t.is_floating_point() else t for t in result])
+    return type(result)([next(fresh) if _is_float(t) else t for t in result])
+
+
+def _is_float(t: Any) -> bool:
+    return isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
 
 
 def check_outputs(name: str, result: Any) -> None:
     """Raise if a function returns tensors that `float_outputs` does not name: they would lose their parameter.
 
     Raises:
-        UnsupportedModelError: If there are complex or nested outputs.
+        UnsupportedModelError: If outputs are nested in one another.
     """
     known = {id(t) for t in float_outputs(result)}
-    for t in tree_flatten(result)[0]:
-        if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) and id(t) not in known:
-            kind = "complex" if t.is_complex() else "nested"
-            raise UnsupportedModelError(
-                f"'{name}' of a trained parameter has {kind} outputs, through which no per-sample gradient is found: "
-                "freeze the parameter, or use real tensors and functions that return plain tensors."
-            )
+    if any(_is_float(t) and id(t) not in known for t in tree_flatten(result)[0]):
+        raise UnsupportedModelError(
+            f"'{name}' of a trained parameter has nested outputs, through which no per-sample gradient is found: "
+            "freeze the parameter, or use functions that return plain tensors."
+        )
 
 
 def reads_metadata(name: str, first_is_trained: bool) -> bool:

@@ -6,7 +6,8 @@ A ``[T, T]`` table indexed by position is no sample axis, even on the day T equa
 
 - *shapes*: one forward pass with two samples and one with three; what changed carries the batch;
 - *contents*: two forward passes with three samples that differ in the first one; what changed belongs to that sample.
-  This finds the order of merged (position, sample) axes, and refuses samples that influence each other.
+  This finds the order of merged (position, sample) axes, and refuses samples that influence each other. Where all rows
+  are alike, as those of a class token repeated for every frame of a video, their gradients tell.
 
 The batches are made of two samples ``a`` and ``b`` of the user's own dataset: ``[a, b]`` against ``[a, a, b]``, and
 ``[a, a, b]`` against ``[b, a, b]``. A collate function that pads to the longest sample gives them all one length.
@@ -16,14 +17,15 @@ What a pass changes besides, such as buffers, is the caller's to restore between
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_dp.bookkeeping import ordering
 from lightning_dp.bookkeeping.axes import SampleAxis
 from lightning_dp.bookkeeping.interception import Handler, without_interception
 from lightning_dp.bookkeeping.layout import Kind, Layout, Layouts
@@ -39,6 +41,9 @@ Swap = Callable[[Handler], AbstractContextManager[None]]
 
 Forward = Callable[[str], Any]
 """Runs the training step's forward pass on the samples named by a string (``"aab"`` is ``[a, a, b]``) for its loss."""
+
+Moved = tuple[Tensor, Tensor]
+"""The rows of a gradient that changed with sample 0, and those that did not and are not zero."""
 
 _QUIET_ROUNDS = 3
 """How many rounds must show no new function before no more are expected."""
@@ -57,18 +62,27 @@ _UNKNOWN_ORDER = (
 )
 
 _DEPENDS_ON_BATCH = (
-    "the training step ran other functions for two samples than for three, or for other samples: its control flow "
-    "depends on the batch, so the axes that carry the samples cannot be observed."
+    "the training step ran other functions for two samples than for three, or for other samples ({}): its control flow "
+    "depends on the batch, so the axes that carry the samples cannot be observed. Compute all samples of a batch at "
+    "once, or train without the book, one sample at a time: DPStrategy(clipping_engine='loop')."
 )
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one pass showed: its events and uses, and what the witness saw."""
+    """What one pass showed.
+
+    Args:
+        events: Its events.
+        uses: Its uses of parameters.
+        witness: What was seen of all operators.
+        gradients: What tells whether gradients changed, for the outputs of the uses that were asked for.
+    """
 
     events: list[Event]
     uses: list[Use]
     witness: Witness
+    gradients: dict[int, list[Digest | None]] = field(default_factory=dict)
 
     @property
     def random(self) -> bool:
@@ -106,10 +120,10 @@ def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool
         for seed in range(ROUNDS):
             try:
                 found, random = _observe(names, swap, forward, varied, original, seed)
-            except DifferentControlFlow:  # a first pass may fill a cache; what goes on depends on the batch
+            except DifferentControlFlow as event:  # a first pass may fill a cache; what goes on depends on the batch
                 failures += 1
                 if failures == _QUIET_ROUNDS:
-                    raise UnsupportedModelError(_DEPENDS_ON_BATCH) from None
+                    raise UnsupportedModelError(_DEPENDS_ON_BATCH.format(event)) from None
                 continue
             quiet_rounds = 0 if layouts.extend(found) else quiet_rounds + 1
             if not random or quiet_rounds == _QUIET_ROUNDS:
@@ -127,10 +141,16 @@ def _observe(
     three = _trace(names, two.events, swap, forward, "aab", state, seed)
     other = _trace(names, two.events, swap, forward, "bab" if varied else "aab", state, seed)
     if [use.key for use in three.uses] != [use.key for use in other.uses]:
-        raise DifferentControlFlow
+        raise DifferentControlFlow("the same functions used other parameters")
+    gradients: list[tuple[Moved | None, ...]] = [()] * len(three.uses)
+    vague = [k for k, pair in enumerate(zip(three.uses, other.uses, strict=True)) if refined(*pair)[1]]
+    if vague and varied:
+        passes = [_trace(names, two.events, swap, forward, s, state, seed, vague).gradients for s in ("aab", "bab")]
+        for k in passes[0].keys() & passes[1].keys():
+            gradients[k] = tuple(map(_moved, passes[0][k], passes[1][k]))
     layouts = Layouts()
-    for use, its in zip(three.uses, other.uses, strict=True):
-        layout = refined(use, its)
+    for use, its, moved in zip(three.uses, other.uses, gradients, strict=True):
+        layout, _ = refined(use, its, moved)
         reason = routing(layout, two.witness, three.witness)
         if reason:
             layout = replace(layout, kind=Kind.REFUSED, reason=reason)
@@ -146,9 +166,10 @@ def _trace(
     samples: str,
     state: RandomState,
     seed: int,
+    vague: Collection[int] = (),
 ) -> _Pass:
     state.restore()
-    tracer, witness = Tracer(names, before, digest), Witness(seed, len(samples))
+    tracer, witness = Tracer(names, before, digest, vague), Witness(seed, len(samples))
     try:
         with swap(tracer.dispatch), witness:
             loss = forward(samples)
@@ -158,7 +179,24 @@ def _trace(
     finally:
         tracer.release()
     tracer.check_complete()
-    return _Pass(tracer.events, tracer.uses, witness)
+    return _Pass(tracer.events, tracer.uses, witness, _gradients(loss, tracer) if vague else {})
+
+
+def _gradients(loss: Any, tracer: Tracer) -> dict[int, list[Digest | None]]:
+    """Return what tells whether gradients of outputs changed, for the uses that were kept."""
+    outputs = [t for kept in tracer.kept.values() for t in kept if t.requires_grad]
+    if not isinstance(loss, Tensor) or not loss.requires_grad or not outputs:
+        return {}
+    try:
+        found = torch.autograd.grad(loss, outputs, allow_unused=True)
+    except RuntimeError:  # reentrant checkpoints allow no such gradients
+        return {}
+    by_id = {id(t): g for t, g in zip(outputs, found, strict=True)}
+    return {
+        k: [digest(by_id.get(id(t)), axis) for t, axis in zip(kept, tracer.uses[k].layout.outputs, strict=True)]
+        for k, kept in tracer.kept.items()
+        if len(kept) == len(tracer.uses[k].layout.outputs)
+    }
 
 
 def digest(leaf: Any, axis: SampleAxis | None) -> Digest | None:
@@ -167,45 +205,56 @@ def digest(leaf: Any, axis: SampleAxis | None) -> Digest | None:
         leaf = torch.tensor([leaf], dtype=torch.float64)
     if isinstance(leaf, slice):
         leaf = torch.tensor([n for n in (leaf.start, leaf.stop, leaf.step) if isinstance(n, int)], dtype=torch.float64)
-    if not isinstance(leaf, Tensor) or leaf.is_complex():
+    if not isinstance(leaf, Tensor):
         return None
-    tolerance = _TOLERANCE.get(leaf.dtype, 0.0)
-    rows = leaf.detach().as_subclass(Tensor).double()
+    tolerance = _TOLERANCE.get(leaf.dtype.to_real() if leaf.is_complex() else leaf.dtype, 0.0)
+    rows = leaf.detach() if leaf.layout is torch.strided else leaf.detach().to_dense()
+    rows = rows.as_subclass(Tensor)
+    rows = torch.view_as_real(rows.resolve_conj()).double() if rows.is_complex() else rows.double()
     rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis.dim, 0).reshape(rows.shape[axis.dim], -1)
     weight = torch.linspace(0.5, 1.5, rows.shape[1], dtype=rows.dtype, device=rows.device)
     return Digest((rows @ weight).cpu(), (rows.abs() @ weight).cpu(), tolerance)
 
 
-def refined(use: Use, other: Use) -> Layout:
-    """Refine a layout by a second pass, which differs in sample 0 of three."""
+def refined(use: Use, other: Use, gradients: Sequence[Moved | None] = ()) -> tuple[Layout, bool]:
+    """Refine a layout by a second pass, which differs in sample 0 of three.
+
+    Args:
+        use: The use in the first pass.
+        other: The same use in the second.
+        gradients: What changed of the gradient of every output; nothing before they are looked at.
+
+    Returns:
+        The layout, and whether gradients would tell more.
+    """
     layout = use.layout
     if layout.kind in (Kind.REFUSED, Kind.SHARED):
-        return layout
+        return layout, False
     axes = (*(layout.leaves or (None,) * len(use.leaves)), *layout.outputs)
     pairs = zip((*use.leaves, *use.outputs), (*other.leaves, *other.outputs), axes, strict=True)
     if use.packing is not None and other.packing is not None:
         coupled = other.packing.problem(3) or not all(_fits_packed(use.packing, other.packing, *pair) for pair in pairs)
-        return replace(layout, kind=Kind.REFUSED, reason=_COUPLED) if coupled else layout
-    orders = [order(axis, changed(x, y), x) for x, y, axis in pairs]
-    if "coupled" in orders:
-        return replace(layout, kind=Kind.REFUSED, reason=_COUPLED)
-    known = {order for order in orders if order in ("sample first", "row first")}
-    if "unknown" in orders and len(known) != 1:
-        return replace(layout, kind=Kind.REFUSED, reason=_UNKNOWN_ORDER)
-    if "row first" not in known:
-        return layout
-
-    def turned(axis: SampleAxis | None, order: str) -> SampleAxis | None:
-        return axis.with_rows_outermost() if axis is not None and order in ("row first", "unknown") else axis
-
-    leaves = tuple(map(turned, layout.leaves, orders))
-    return replace(layout, leaves=leaves, outputs=tuple(map(turned, layout.outputs, orders[-len(layout.outputs) :])))
+        return (replace(layout, kind=Kind.REFUSED, reason=_COUPLED) if coupled else layout), False
+    orders = [orders_of(axis, changed(x, y), x) for x, y, axis in pairs]
+    if not all(orders):
+        return replace(layout, kind=Kind.REFUSED, reason=_COUPLED), False
+    vague = any(len(fits) > 1 for fits in orders)
+    for k, moved in enumerate(gradients, len(orders) - len(layout.outputs)):
+        axis = axes[k]
+        if axis is not None and moved is not None:
+            orders[k] = (orders[k] & ordering.by_gradient(axis, *moved)) or orders[k]
+    settled = ordering.settle(axes, orders)
+    if None in settled:
+        return replace(layout, kind=Kind.REFUSED, reason=_UNKNOWN_ORDER), vague
+    turned = [axis and axis.ordered(order or 1) for axis, order in zip(axes, settled, strict=True)]
+    outputs = turned[len(turned) - len(layout.outputs) :]
+    return replace(layout, leaves=tuple(turned[: len(layout.leaves)]), outputs=tuple(outputs)), vague
 
 
 def _fits_packed(packing: Packing, other: Packing, x: Digest | None, y: Digest | None, axis: SampleAxis | None) -> bool:
     """Whether the rows of samples 1 and 2 are the same in both passes; sample 0 may have another length."""
     if axis is None or x is None or y is None:
-        return order(None, changed(x, y), x) == "fits"
+        return bool(orders_of(None, changed(x, y), x))
     for sample in (1, 2):
         rows = [p.rows_of(sample) if axis.dim == 0 else p.places()[sample : sample + 1] for p in (packing, other)]
         mine, its = (Digest(d.value[r], d.scale[r], d.tolerance) for d, r in zip((x, y), rows, strict=True))
@@ -218,7 +267,7 @@ def _fits_packed(packing: Packing, other: Packing, x: Digest | None, y: Digest |
 def changed(x: Digest | None, y: Digest | None) -> Tensor | None:
     """Return which rows changed; ``None`` if the shape did."""
     if x is None or y is None:
-        return torch.zeros(0, dtype=torch.long) if x is y else None
+        return ordering.no_rows() if x is y else None
     if x.value.shape != y.value.shape:
         return None
     scale = torch.maximum(x.scale, y.scale)
@@ -226,28 +275,22 @@ def changed(x: Digest | None, y: Digest | None) -> Tensor | None:
     return torch.nonzero(different | (x.value.isfinite() != y.value.isfinite())).flatten()
 
 
-def order(axis: SampleAxis | None, rows: Tensor | None, x: Digest | None) -> str:
-    """Return how an axis is ordered, by which rows changed with sample 0; "coupled" if others changed too."""
-    if rows is None:
-        return "coupled"
+def _moved(x: Digest | None, y: Digest | None) -> Moved | None:
+    """Return which rows of a gradient changed and which did not and are used; ``None`` if nothing changed."""
+    rows = changed(x, y)
+    if rows is None or x is None or not rows.numel():
+        return None
+    used = x.scale > x.tolerance * x.scale.max()
+    used[rows] = False
+    return rows, used.nonzero().flatten()
+
+
+def orders_of(axis: SampleAxis | None, rows: Tensor | None, x: Digest | None) -> ordering.Orders:
+    """Return the orders of an axis that fit to the rows that changed with sample 0; none if other samples changed."""
+    if rows is None or (axis is None and rows.numel()):
+        return frozenset()
     if axis is None:
-        return "coupled" if rows.numel() else "fits"
-    in_first_block, strided = bool((rows < axis.rows).all()), bool((rows % 3 == 0).all())
-    if axis.rows == 1:
-        return "fits" if in_first_block else "coupled"
+        return frozenset({1})
     if rows.numel() == 0 and x is not None:
-        return _order_of_copies(x)
-    if in_first_block and strided:
-        return "unknown"
-    return "sample first" if in_first_block else "row first" if strided else "coupled"
-
-
-def _order_of_copies(x: Digest) -> str:
-    """Return the order of rows that are the same for all three samples, as in ``position_bias.repeat(B, 1, 1)``."""
-    blocks, scale = x.value.reshape(3, -1), x.scale.max()
-    strides = x.value.reshape(-1, 3)
-    same_blocks = bool(((blocks - blocks[:1]).abs() <= x.tolerance * scale).all())
-    same_strides = bool(((strides - strides[:, :1]).abs() <= x.tolerance * scale).all())
-    if same_blocks == same_strides:
-        return "unknown"
-    return "sample first" if same_blocks else "row first"
+        return ordering.of_copies(axis, x.value, x.tolerance * float(x.scale.max())) or ordering.fitting(axis, rows)
+    return ordering.fitting(axis, rows)

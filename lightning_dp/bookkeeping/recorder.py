@@ -41,7 +41,9 @@ from lightning_dp.bookkeeping.refusals import (
     escaped,
     inner_gradient,
     kept_from_before,
+    naming,
     no_gradient,
+    overwritten,
     refusal,
     unobserved,
     written_in_place,
@@ -91,9 +93,10 @@ class Recorder:
                 plain_args, plain_kwargs = map_leaves(self._plain, args, kwargs)
                 return func(*plain_args, **plain_kwargs)
             call = Call(name, func, args, kwargs, leaves, key_of(name, map(identity, found)))
+            layout = self._layout(call.key)
             if is_in_place(name) or kwargs.get("out") is not None:
-                return self._run_in_place(call)
-            return self._run(call)
+                return self._run_in_place(call, layout)
+            return self._run(call, layout)
 
     def close(self) -> Book:
         """End the pass and return its book.
@@ -127,13 +130,12 @@ class Recorder:
         self._closed = True
         for reference in self._made:
             t = reference()
-            if t is not None:
+            if t is not None and "derived" in vars(t):  # the same one may have been written several times
                 release(t)
         self._made.clear()
 
-    def _run(self, call: Call) -> Any:
+    def _run(self, call: Call, layout: Layout | None) -> Any:
         """Run a function of a parameter and something else, as it was observed."""
-        layout = self._layout(call.key)
         if layout.kind is Kind.DERIVED if layout is not None else self._only_parameters(call):
             return self._derive(call)
         plain_args, plain_kwargs = map_leaves(self._plain, call.args, call.kwargs)
@@ -184,41 +186,74 @@ class Recorder:
             plain=self._plain,
             random_state=random_state,
         )
-        rule = find_rule(call.func) if layout.kind is Kind.PER_SAMPLE else None
+        # Rules are about real numbers; the generic one is about any.
+        is_complex = any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in call.leaves)
+        rule = find_rule(call.func) if layout.kind is Kind.PER_SAMPLE and not is_complex else None
         recording = rule(operation, *call.args, **call.kwargs) if rule is not None else None
-        return recording if recording is not None else generic(operation)
+        record, saved = recording if recording is not None else generic(operation)
+        return naming(call.key, layout, record), saved
 
-    def _run_in_place(self, call: Call) -> Any:
+    def _run_in_place(self, call: Call, layout: Layout | None) -> Any:
         """Run ``x.add_(p)`` as ``x.copy_(x.clone().add_(p))``: the second form has an output that can be tapped."""
         first = call.args[0]
-        if not isinstance(first, Tensor) or self._target_of(first) is not None or "out" in call.kwargs:
+        if not isinstance(first, Tensor) or "out" in call.kwargs:
             raise written_in_place(call.key)
-        arguments = (first.clone(), *call.args[1:])
-        leaves = [arguments[0], *call.leaves[1:]]
-        first.copy_(self._run(Call(call.name, out_of_place(call.func), arguments, call.kwargs, leaves, call.key)))
+        if layout is not None and layout.kind is Kind.DERIVED:
+            self._write(call, first)
+        elif self._target_of(first) is not None:
+            raise written_in_place(call.key)
+        else:
+            arguments = (first.clone(), *call.args[1:])
+            leaves = [arguments[0], *call.leaves[1:]]
+            copied = Call(call.name, out_of_place(call.func), arguments, call.kwargs, leaves, call.key)
+            first.copy_(self._run(copied, layout))
         return None if call.name == "__setitem__" else first
+
+    def _write(self, call: Call, first: Tensor) -> None:
+        """Write a function of parameters into a constant, or a constant into such a function, which is another then.
+
+        It is written in the graph of the parameters: if a view of it is used besides, that is an error of this graph
+        or a gradient past the book, never a gradient lost.
+        """
+        if isinstance(first, torch.nn.Parameter):
+            raise written_in_place(call.key)
+        args, kwargs = self._in_own_graph(call)
+        roots = self._roots_of(call)
+        call.func(*args, **kwargs)
+        derived = Derived(args[0].clone(), roots, call.key)  # of its own: the same tensor may be written again
+        first.__class__ = self._derived_class
+        first.derived, first.version = derived, first._version  # type: ignore[attr-defined]
+        self._made.append(weakref.ref(first))
 
     def _derive(self, call: Call) -> Any:
         """Run a function of parameters alone on a graph of its own, through which entries are carried back."""
-        if any(isinstance(t, Tensor) and t.requires_grad and not self._is_constant(t) for t in call.leaves):
-            raise unobserved(call.key)  # an activation where only constants were observed: its gradient would be lost
-        args, kwargs = map_leaves(self._in_graph, call.args, call.kwargs)
+        args, kwargs = self._in_own_graph(call)
         result = call.func(*args, **kwargs)
         outputs = float_outputs(result)
         if not outputs or not any(t.requires_grad for t in outputs):
             return result
         return with_float_outputs(result, [self._wrap(call, t) for t in outputs])
 
+    def _in_own_graph(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if any(isinstance(t, Tensor) and t.requires_grad and not self._is_constant(t) for t in call.leaves):
+            raise unobserved(call.key)  # an activation where only constants were observed: its gradient would be lost
+        return map_leaves(self._in_graph, call.args, call.kwargs)
+
+    def _roots_of(self, call: Call) -> dict[str, Tensor]:
+        roots: dict[str, Tensor] = {}
+        for target in map(self._target_of, call.leaves):
+            if target is not None:
+                roots |= target.roots if isinstance(target, Derived) else {target: self._roots[target]}
+        return roots
+
     def _wrap(self, call: Call, value: Tensor) -> Tensor:
         targets = [target for target in map(self._target_of, call.leaves) if target is not None]
-        roots: dict[str, Tensor] = {}
-        for target in targets:
-            roots |= target.roots if isinstance(target, Derived) else {target: self._roots[target]}
-        derived = Derived(value, roots, call.key)
-        if self._target_of(call.leaves[0]) is targets[0] and (is_transposition(call) or is_copy(call)):
+        derived = Derived(value, self._roots_of(call), call.key)
+        is_real = not (value.is_complex() or call.leaves[0].is_complex())
+        if is_real and self._target_of(call.leaves[0]) is targets[0] and (is_transposition(call) or is_copy(call)):
             derived.source, derived.transposed = targets[0], is_transposition(call)
         tensor = value.as_subclass(self._derived_class)
-        tensor.derived = derived  # type: ignore[attr-defined]
+        tensor.derived, tensor.version = derived, tensor._version  # type: ignore[attr-defined]
         self._made.append(weakref.ref(tensor))
         return tensor
 
@@ -230,6 +265,8 @@ class Recorder:
         if derived is not None:
             if (self._closed or type(leaf) is not self._derived_class) and self._recording_now():
                 raise kept_from_before(derived.identity)
+            if leaf._version != leaf.version:
+                raise overwritten(derived.identity)
             return derived
         return self._names.get(id(leaf)) if isinstance(leaf, torch.nn.Parameter) and leaf.requires_grad else None
 

@@ -12,13 +12,28 @@ from torch import Tensor
 from lightning_dp.bookkeeping.layout import Key, Layout, describe
 from lightning_dp.errors import UnsupportedModelError
 
+_LOOP = "DPStrategy(clipping_engine='loop'), one sample at a time,"
+
+
+def naming(key: Key, layout: Layout, record: Callable[..., None]) -> Callable[..., None]:
+    """Return a record whose errors say which function of which parameters they are about."""
+
+    def named(*tensors: Tensor) -> None:
+        try:
+            record(*tensors)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"'{key[0]}' of {describe(key)} ({layout.where}): {error}") from error
+
+    return named
+
 
 def refusal(key: Key, layout: Layout) -> Callable[..., None]:
     """Return a record that raises: only a refused function whose gradient is really used is an error."""
 
     def record(*_: Tensor) -> None:
         raise UnsupportedModelError(
-            f"'{key[0]}' of {describe(key)} ({layout.where}) has no exact per-sample gradient: {layout.reason}"
+            f"'{key[0]}' of {describe(key)} ({layout.where}) has no exact per-sample gradient: {layout.reason} If "
+            f"every sample has a loss of its own, {_LOOP} trains it as it is."
         )
 
     return record
@@ -28,7 +43,8 @@ def unobserved(key: Key) -> UnsupportedModelError:
     """Return the error for a function that no observation has seen."""
     return UnsupportedModelError(
         f"'{key[0]}' of {describe(key)} was not used when the model was observed, so it is not known where the samples "
-        "lie in it. Make sure that every branch of the training step runs for the first samples of the dataset."
+        "lie in it. Make sure that every branch of the training step runs for the first samples of the dataset. What "
+        f"torch.vmap, torch.func.jvp and the like run cannot be observed: write it for a batch, or use {_LOOP} instead."
     )
 
 
@@ -51,9 +67,10 @@ def opaque(name: str, operation: str) -> UnsupportedModelError:
 
 
 _UNSEEN = (
-    "that torch does not let us see, such as a torch.autograd.Function, a ScriptModule, a compiled module, torch.vmap "
-    "or an extension in C++ or CUDA. Freeze it (requires_grad_(False)), write the operation in torch functions, let it "
-    "be seen by lightning_dp.register_rule, or train it without the book, one sample at a time: "
+    "that torch does not let us see, such as a torch.autograd.Function, a ScriptModule, a compiled module, torch.vmap, "
+    "a function of nested (jagged) tensors or an extension in C++ or CUDA; or a view of a tensor that it was written "
+    "into. Freeze it (requires_grad_(False)), write the operation in torch functions, let it be seen by "
+    "lightning_dp.register_rule, or train it without the book, one sample at a time: "
     "DPStrategy(clipping_engine='loop')."
 )
 
@@ -73,6 +90,14 @@ def written_in_place(key: Key) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"'{key[0]}' writes in place, with {describe(key)} in its arguments, in a way that has no per-sample gradient: "
         "use the function that returns a new tensor."
+    )
+
+
+def overwritten(key: Key) -> UnsupportedModelError:
+    """Return the error for a function of parameters that was used, then written into through a view or a copy of it."""
+    return UnsupportedModelError(
+        f"'{key[0]}' of {describe(key)} shares memory with a tensor that was written in place and is used besides: its "
+        "gradient before and after cannot be told apart. Use functions that return a new tensor."
     )
 
 

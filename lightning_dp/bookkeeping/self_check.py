@@ -132,10 +132,11 @@ class _Check:
             )
 
     def _check_neighbour(self, other: str) -> None:
+        """Compare what samples contribute when the first one is another, and when the second one is."""
         with EqualDraws() as draws:
-            one, written = self._contribution("aab", 1), self._written
+            one, written = self._contributions("aab", 0, 1), self._written
         with EqualDraws() as its_draws:
-            two, written_now = self._contribution(f"{other}ab", 1), self._written
+            two, written_now = self._contributions(f"{other}ab", 1), self._written
         for name, value in written.items():
             if not torch.allclose(value, written_now[name], rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise UnsupportedModelError(
@@ -143,17 +144,22 @@ class _Check:
                     "the samples of the batch, so it would be released without noise. Do not update it while training, "
                     "or compute it from public data beforehand."
                 )
-        if draws.drawn != its_draws.drawn:  # beside a sample of another length, padding included, all draw others
-            with self._subject.evaluating():
-                one, two = self._contribution("aab", 1), self._contribution(f"{other}ab", 1)
-        self._compare(one, two, "when its neighbour in the batch was another")
+        # Beside a sample of another length, padding included, all samples draw other numbers: then nothing is drawn.
+        alike = draws.drawn == its_draws.drawn
+        with EqualDraws() if alike else self._subject.evaluating():
+            if not alike:
+                one, two = self._contributions("aab", 0, 1), self._contributions(f"{other}ab", 1)
+            # A sample that stands ahead of all others may have taken part of their gradients, which no other one shows.
+            two += self._contributions(f"a{other}b", 0)
+            self._compare(one[1], two[0], _ANOTHER)
+            self._compare(one[0], two[1], _ANOTHER)
 
     def _check_left_out(self) -> None:
         draws = self._equal_draws()
         with draws():
-            alone = self._contribution("ab", 1)
+            (alone,) = self._contributions("ab", 1)
         with draws():
-            both = self._contribution("aab", 2)
+            (both,) = self._contributions("aab", 2)
         if self._subject.mean_loss:
             alone, both = {n: 2 * g for n, g in alone.items()}, {n: 3 * g for n, g in both.items()}
         self._compare(alone, both, "when another sample was left out of the batch")
@@ -198,11 +204,10 @@ class _Check:
             self._books("aab")
         return lambda: EqualDraws(of_two.drawn, of_three.drawn)
 
-    def _contribution(self, samples: str, at: int) -> Gradients:
-        """Return the gradient in the books of the sample at one place."""
-        one_hot = torch.zeros(len(samples), dtype=torch.float64)
-        one_hot[at] = 1
-        return _merged([book.weighted_sums(one_hot) for book in self._books(samples)])
+    def _contributions(self, samples: str, *at: int) -> list[Gradients]:
+        """Return the gradients in the books of the samples at some places."""
+        books, one_hot = self._books(samples), torch.eye(len(samples), dtype=torch.float64)
+        return [_merged([book.weighted_sums(one_hot[k]) for book in books]) for k in at]
 
     def _books(self, samples: str) -> Sequence[Book]:
         self._restore()
@@ -223,6 +228,8 @@ class _Check:
             for name, buffer in self._subject.state.items():
                 buffer.copy_(self._values[name])
 
+
+_ANOTHER = "when its neighbour in the batch was another"
 
 _OUR_FAULT = (
     "Either a rule of this library for an operation that they enter is wrong: please report it; or the training step "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,15 +43,17 @@ _SUMS = {"add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "ad
 
 _DOES_NOT_SCALE = (
     "its tensors do not scale with the number of samples ({}). Samples must not be compared with, added to or counted "
-    "among each other where a trained parameter is used."
+    "among each other where a trained parameter is used, and rows not be chosen by content, as by an expert's router "
+    "(in transformers: experts_implementation='batched_mm')."
 )
 _REDUCED = (
     "it is applied to something already reduced over the batch, so the part of each sample cannot be told apart. Apply "
     "the parameter to every sample's own value and reduce afterwards."
 )
 _COUNTS = (
-    "one of its arguments holds integers that change with the number of samples, as in a packed sequence, so it is not "
-    "known which rows belong to which sample. Pad the sequences instead of packing them."
+    "one of its arguments holds integers that count samples, as for packed sequences or experts, so it is not "
+    "known which rows belong to which sample. Pad the sequences instead of packing them; give every token the weights "
+    "of its expert instead of sorting tokens by expert (in transformers: experts_implementation='batched_mm')."
 )
 _REDUCED_AND_USED = (
     "'{}' uses, for single samples, a sum of a trained parameter and something already reduced over the batch, so that "
@@ -59,8 +61,8 @@ _REDUCED_AND_USED = (
 )
 
 
-class DifferentControlFlow(Exception):  # noqa: N818 - caught and retried, never shown
-    """Two passes did not run the same functions."""
+class DifferentControlFlow(Exception):  # noqa: N818 - caught and retried
+    """Two passes did not run the same functions; says which was the first."""
 
 
 class Activation:
@@ -113,10 +115,12 @@ class Tracer:
         names: Name of each trained parameter by ``id``.
         before: The events of the pass with two samples; ``None`` in that pass itself.
         digest: What is to be kept of a leaf or an output with its sample axis.
+        keep: The numbers of the uses whose outputs are to be kept themselves, in ``kept``.
 
     Attributes:
         events: What the functions looked like, in order.
         uses: The uses of trained parameters among them.
+        kept: The outputs of the uses that were asked for.
         seen: The trained parameters that entered any function.
         registered: Those that entered one which its author registered.
     """
@@ -126,7 +130,10 @@ class Tracer:
         names: Mapping[int, str],
         before: list[Event] | None,
         digest: Callable[[Any, SampleAxis | None], Any] = lambda leaf, axis: None,
+        keep: Collection[int] = (),
     ) -> None:
+        self.kept: dict[int, tuple[Tensor, ...]] = {}
+        self._keep = keep
         self.events: list[Event] = []
         self.uses: list[Use] = []
         self.seen: set[str] = set()
@@ -148,6 +155,7 @@ class Tracer:
                 args, drops = without_dropout(args)
             entered = {self._names[id(leaf)] for leaf in leaves if id(leaf) in self._names}
             self.registered |= entered if is_registered(func) else set()
+            marks = [self._mark(leaf) for leaf in leaves]  # before a constant that is written into becomes another
             before = RandomState.now()
             result = func(*args, **kwargs)
             outputs = (args[0],) if name == "__setitem__" else float_outputs(result)
@@ -157,7 +165,9 @@ class Tracer:
             if constant or not outputs or reads_metadata(name, self._is_followed(leaves[0])):
                 return result
             random = drops or RandomState.now().differs_from(before)
-            mark = self._note(name, leaves, outputs, random, packing)
+            mark = self._note(name, leaves, marks, outputs, random, packing)
+            if is_in_place(name):
+                self._follow_written(outputs[0], mark)
             if is_in_place(name) or kwargs.get("out") is not None:
                 return result  # the very tensor that was written, which the model may keep
             return with_float_outputs(result, [self._follow(t, mark) for t in outputs])
@@ -173,7 +183,7 @@ class Tracer:
     def check_complete(self) -> None:
         """Raise if the pass ran fewer functions than the one before."""
         if self._before is not None and len(self.events) != len(self._before):
-            raise DifferentControlFlow
+            raise DifferentControlFlow(f"'{self._before[len(self.events)].name}' was left out at the end")
 
     def _follow(self, t: Tensor, mark: Mark) -> Tensor:
         if type(t) is not self._class:
@@ -182,8 +192,22 @@ class Tracer:
         t.mark = mark  # type: ignore[attr-defined]
         return t
 
+    def _follow_written(self, t: Tensor, mark: Mark) -> None:
+        """Follow the very tensor that was written, unless autograd knew it before as something else."""
+        if type(t) is Tensor:
+            t.__class__ = self._class
+            self._followed.append(weakref.ref(t))
+        if type(t) is self._class:
+            t.mark = mark  # type: ignore[attr-defined]
+
     def _note(
-        self, name: str, leaves: list[Any], outputs: tuple[Tensor, ...], random: bool, packing: Packing | None
+        self,
+        name: str,
+        leaves: list[Any],
+        marks: list[Mark],
+        outputs: tuple[Tensor, ...],
+        random: bool,
+        packing: Packing | None,
     ) -> Mark:
         """Note an event; return the mark of its outputs."""
         shapes = tuple(tuple(t.shape) for t in outputs)
@@ -193,8 +217,7 @@ class Tracer:
         if self._before is None:
             return None
         if at >= len(self._before) or self._before[at].name != name:
-            raise DifferentControlFlow
-        marks = [self._mark(leaf) for leaf in leaves]
+            raise DifferentControlFlow(f"'{name}' was the first that differed, in {calling_line()}")
         on_activations = any(isinstance(m, Activation) for m in marks)
         layout = conclude(self._before[at], event, on_activations)
         layout = replace(layout, random=random, where=calling_line())
@@ -202,6 +225,8 @@ class Tracer:
             raise UnsupportedModelError(_REDUCED_AND_USED.format(name))
         key = key_of(name, [m for m in marks if m is not None and not isinstance(m, Activation)])
         if key[1]:
+            if len(self.uses) in self._keep:
+                self.kept[len(self.uses)] = outputs
             self.uses.append(self._use(key, layout, leaves, marks, outputs, packing))
         if layout.kind is Kind.DERIVED:
             return key if key[1] else None

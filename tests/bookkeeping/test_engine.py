@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dp.bookkeeping import BookKeeping
+from tests.bookkeeping import more_cases  # noqa: F401 - joins the list
 from tests.bookkeeping.cases import CASES, SMALL, Raw, attention_loss, mean_loss, rand, reals, recurrent_loss
 from tests.bookkeeping.families import FAMILIES
 from tests.bookkeeping.oracle import Case, book_of, check, compare, loss_of, observed, reference, to_dtype

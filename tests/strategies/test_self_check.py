@@ -162,6 +162,24 @@ def test_a_sum_declared_as_a_mean_and_the_reverse():
         fit(Regression(), loss_reduction="sum")
 
 
+def test_a_token_of_another_sample():
+    """All rows of the repeated token are equal, so that no value shows that samples take those of the first one."""
+
+    class Borrowing(Regression):
+        def __init__(self):
+            super().__init__()
+            self.token, self.places = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(4, 3))
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            frames = torch.stack([x, 2 * x], 1).flatten(0, 1)[:, None]  # [B * 2, 1, 3]
+            tokens = torch.cat([self.token.expand(len(frames), 1, -1), frames], 1) + self.places[:2]
+            return F.mse_loss(self.net(tokens[: len(x), 0] + tokens[:, 1].unflatten(0, (-1, 2)).sum(1)), y)
+
+    with pytest.raises(UNSUPPORTED, match=r"\(c\).*neighbour in the batch was another.*'places'"):
+        fit(Borrowing())
+
+
 def test_a_contrastive_loss():
     class Contrastive(Regression):
         def training_step(self, batch, batch_idx):

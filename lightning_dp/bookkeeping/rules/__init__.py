@@ -15,9 +15,16 @@ from torch import Tensor
 
 from lightning_dp.bookkeeping.interception import out_of_place
 from lightning_dp.bookkeeping.operation import Rule
-from lightning_dp.bookkeeping.rules.broadcast import addition, broadcast, reversed_subtraction, subtraction
+from lightning_dp.bookkeeping.rules.broadcast import (
+    addition,
+    broadcast,
+    multiplication,
+    repeat,
+    reversed_subtraction,
+    subtraction,
+)
 from lightning_dp.bookkeeping.rules.convolution import convolution, transposed_convolution
-from lightning_dp.bookkeeping.rules.embedding import embedding
+from lightning_dp.bookkeeping.rules.embedding import embedding, lookup
 from lightning_dp.bookkeeping.rules.linear import addmm, linear, matmul
 from lightning_dp.bookkeeping.rules.normalization import group_norm, layer_norm, rms_norm
 from lightning_dp.bookkeeping.rules.recurrent import cell, recurrent
@@ -31,6 +38,15 @@ _RULES: dict[Callable[..., Any], Rule] = {
     Tensor.__matmul__: matmul,
     Tensor.expand: broadcast,
     torch.broadcast_to: broadcast,
+    Tensor.repeat: repeat,
+    torch.mul: multiplication,
+    torch.multiply: multiplication,
+    Tensor.mul: multiplication,
+    Tensor.multiply: multiplication,
+    Tensor.__mul__: multiplication,
+    Tensor.__rmul__: multiplication,
+    out_of_place(Tensor.mul_): multiplication,
+    out_of_place(Tensor.__imul__): multiplication,
     torch.add: addition,
     Tensor.add: addition,
     Tensor.__add__: addition,
@@ -44,6 +60,7 @@ _RULES: dict[Callable[..., Any], Rule] = {
     out_of_place(Tensor.sub_): subtraction,
     out_of_place(Tensor.__isub__): subtraction,
     F.embedding: embedding,
+    Tensor.__getitem__: lookup,
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,
     F.rms_norm: rms_norm,

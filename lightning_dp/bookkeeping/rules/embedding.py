@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,6 +35,52 @@ def check_table(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             "scale_grad_by_freq couples the samples and sparse gradients cannot carry noise. Use max_norm=None, "
             "scale_grad_by_freq=False, sparse=False, or freeze the table (requires_grad_(False))."
         )
+
+
+class _Blocks(Rows):
+    """Look-ups in a table whose rows are vectors, matrices or single numbers, over one or several leading axes."""
+
+    def __init__(self, index: Tensor, g: Tensor, shape: tuple[int, ...], num_axes: int) -> None:
+        super().__init__(index, g, math.prod(shape[:num_axes]))
+        self._shape, self._num_axes = shape, num_axes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def dense(self) -> Tensor:
+        return super().dense().reshape(-1, *self._shape)
+
+    def weighted_sum(self, weight: Tensor) -> Tensor:
+        return super().weighted_sum(weight).reshape(self._shape)
+
+    def where(self, keep: Tensor) -> Rows:
+        return _Blocks(self.index, super().where(keep).g, self._shape, self._num_axes)
+
+
+def lookup(operation: Operation, input: Tensor, index: Any) -> Recording | None:
+    """``input[i]`` or ``input[i, j]`` with integers of one shape that carry the samples, and input ``[V, *]``."""
+    indices = list(index) if isinstance(index, tuple) else [index]
+    file, output_axis = operation.filing(input), operation.layout.outputs[0]
+    if file is None or not all(_is_lookup(i) and i.shape == indices[0].shape for i in indices):
+        return None
+    if any(operation.axis(i) != output_axis for i in indices):
+        return None
+    split, shape, count = operation.split_output(), tuple(input.shape), len(indices)
+
+    def record(g: Tensor, *indices: Tensor) -> None:
+        place = torch.zeros_like(indices[0])
+        for size, i in zip(shape, indices, strict=False):
+            place = place * size + i % size
+        g = split(g)
+        positions = split(place).flatten(1)
+        file(_Blocks(positions, g.reshape(*positions.shape, -1), shape, count))
+
+    return record, indices
+
+
+def _is_lookup(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
 
 
 def embedding(

@@ -41,6 +41,7 @@ def generic(operation: Operation) -> Recording:
     axes = [layout.leaves[k] if layout.leaves else None for k in replay.tensors_at]
     sliceable = layout.sliceable and layout.kind is Kind.PER_SAMPLE and None not in layout.outputs
     sliceable = sliceable and not layout.random and not any(map(_is_index, replay.saved, axes))
+    sliceable = sliceable and all(t.layout is torch.strided for t in replay.saved)
     shared = layout.kind is Kind.SHARED
 
     def record(*tensors: Tensor) -> None:
@@ -158,9 +159,7 @@ def _one_at_a_time(g: Tensor, axis: SampleAxis | None, num_samples: int) -> Tens
         return (g / num_samples).expand(num_samples, *g.shape)
     split = axis.split(g, num_samples)
     alone = torch.diag_embed(split.movedim(0, -1)).movedim((-2, -1), (0, 1))  # [B, B, ..., rows, ...]
-    if axis.rows_outermost:
-        return alone.movedim(1, axis.dim + 2).flatten(axis.dim + 1, axis.dim + 2)
-    return alone.movedim(1, axis.dim + 1).flatten(axis.dim + 1, axis.dim + 2)
+    return axis.join(alone)
 
 
 def _axis(axes: tuple[SampleAxis | None, ...], at: int) -> SampleAxis | None:
