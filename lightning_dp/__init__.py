@@ -3,6 +3,7 @@
 from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon, max_steps
 from lightning_dp.bookkeeping import register_rule
 from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor
+from lightning_dp.coverage import plan
 from lightning_dp.errors import (
     PrivacyBudgetExceeded,
     PrivacyConfigurationError,
@@ -27,5 +28,6 @@ __all__ = [
     "compute_epsilon",
     "max_steps",
     "per_sample_mean",
+    "plan",
     "register_rule",
 ]

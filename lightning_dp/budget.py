@@ -6,7 +6,16 @@ Owns: the comparison of the ledger with the target, and the order of booking. Do
 
 from __future__ import annotations
 
-from lightning_dp.accounting import Accountant, EpsilonTable, Journal, Ledger, epsilon_curve, max_further_releases
+from lightning_dp.accounting import (
+    Accountant,
+    EpsilonTable,
+    Journal,
+    Ledger,
+    Phase,
+    epsilon_curve,
+    max_further_releases,
+    merge_phases,
+)
 from lightning_dp.errors import PrivacyBudgetExceeded
 from lightning_dp.mechanism import Mechanism
 
@@ -69,6 +78,11 @@ class PrivacyBudget:
         if self._allowed is None:
             return None
         return max(0, self._allowed - (self._ledger.num_releases - self._num_before))
+
+    def epsilon_after(self, num_steps: int) -> float:
+        """Return what all releases so far and ``num_steps`` more will have spent."""
+        more = Phase(self._noise, self._mechanism.sample_rate, num_steps)
+        return self._accountant.epsilon(merge_phases([*self._ledger.phases, more]), self.delta)
 
     def check_next(self) -> None:
         """Raise if the next release would exceed the target.

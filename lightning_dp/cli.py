@@ -1,18 +1,23 @@
 """``lightning-dp``: Lightning's own command line, private by default.
 
-Owns: the defaults. Everything else is ``LightningCLI``: ``lightning-dp fit --config config.yaml``,
-``--trainer.strategy.target_epsilon 1``, ``--print_config`` and so on.
+Owns: the defaults, and the command ``plan``, which takes the arguments of ``fit`` and trains nothing. Everything else
+is ``LightningCLI``: ``lightning-dp fit --config config.yaml``, ``--trainer.strategy.target_epsilon 1``,
+``--print_config`` and so on.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from typing import Any
 
+from jsonargparse import class_from_function  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_dp.callbacks import PrivacyBudgetStopping, PrivacyMonitor
+from lightning_dp.coverage import plan
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.summary import print_summary
 
@@ -35,6 +40,31 @@ class DPLightningCLI(LightningCLI):
         parser.add_lightning_class_args(PrivacyBudgetStopping, "privacy_budget_stopping")
         parser.set_defaults({"privacy_monitor.summary": False})  # `after_fit` prints a table with the test metrics
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's commands and ``plan``, with the arguments that the command line does not show."""
+        commands = LightningCLI.subcommands()
+        return {**commands, "plan": commands["fit"]}
+
+    def before_instantiate_classes(self) -> None:
+        """Save no configuration of a fit that is only planned."""
+        if self.subcommand == "plan":
+            self.save_config_callback = None
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Add the commands; Lightning looks for each on the trainer's class, where ``plan`` is only while it looks."""
+        trainer_class = self.trainer_class
+        self.trainer_class = _with_plan(trainer_class)
+        super()._add_subcommands(parser, **kwargs)
+        self.trainer_class = trainer_class
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a command; a plan of a fit that would be refused ends with exit status 1."""
+        if subcommand != "plan":
+            super()._run_subcommand(subcommand)
+        elif plan(self.trainer, **self._prepare_subcommand_kwargs("plan")).is_refused:
+            sys.exit(1)
+
     def after_fit(self) -> None:
         """Test, and show the summary."""
         metrics: dict[str, float] = {}
@@ -46,6 +76,19 @@ class DPLightningCLI(LightningCLI):
 
     def _has_test_data(self) -> bool:
         return any(is_overridden("test_dataloader", source) for source in (self.model, self.datamodule) if source)
+
+
+def _with_plan(trainer_class: Any) -> type:
+    """Return a subclass of the trainer's class with a method ``plan`` that has the arguments of ``fit``."""
+    base = trainer_class if isinstance(trainer_class, type) else class_from_function(trainer_class)
+
+    @functools.wraps(base.fit)  # type: ignore[attr-defined]
+    def described(*args: Any, **kwargs: Any) -> Any:
+        return plan(*args, **kwargs)
+
+    arguments = (base.fit.__doc__ or "").partition("\n")[2]  # type: ignore[attr-defined]
+    described.__doc__ = f"Shows what a fit would do to every parameter, and trains nothing.\n{arguments}"
+    return type(base.__name__, (base,), {"plan": described})
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ class BookKeeping(Keeping):
         """Record what runs inside: the forward pass of ``num_samples`` samples, or its backward pass without it."""
         if num_samples is not None:
             self.abandon()
-            self._recorder = Recorder(self._names, self._layouts, num_samples, self._is_recording)
+            self._recorder = self._new_recorder(num_samples)
         if self._recorder is None:
             raise RuntimeError("recording() without a number of samples continues a pass, and none was begun")
         with nullcontext() if self._is_recording() else self._swap(self._recorder.dispatch):
@@ -127,6 +127,9 @@ class BookKeeping(Keeping):
     def escape_of(self, name: str) -> UnsupportedModelError:
         """Return the error for a parameter whose gradient autograd computed past the book."""
         return escaped(name, self._layouts.where(name))
+
+    def _new_recorder(self, num_samples: int) -> Recorder:
+        return Recorder(self._names, self._layouts, num_samples, self._is_recording)
 
     def _is_recording(self) -> bool:
         return self._handler is not _as_usual

@@ -31,6 +31,10 @@ CANCELLATION = 1e-2
 digits and is found again densely. (T terms of random direction cancel to a share of 1 / T, without any harm.)"""
 
 
+MATERIALISED, SUMMED = "materialised, kept", "sum over positions"
+"""How norms of `Dense` entries are found, in a few words; rules may give others."""
+
+
 class Entry(ABC):
     """The gradients of one parameter for each of B samples, from one use of the parameter."""
 
@@ -52,6 +56,16 @@ class Entry(ABC):
     def shape(self) -> tuple[int, ...]:
         """The shape of the parameter."""
 
+    @property
+    def method(self) -> str:
+        """How the norm is found, in a few words, to be shown."""
+        return MATERIALISED
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that the entry holds now."""
+        return (self.g,)
+
     @abstractmethod
     def dense(self) -> Tensor:
         """Return the materialised gradients, shape ``[B, *parameter.shape]``."""
@@ -70,10 +84,20 @@ class Entry(ABC):
 
 
 class Dense(Entry):
-    """A materialised gradient ``g`` of shape ``[B, *parameter.shape]``: biases, norms, whatever has no rule."""
+    """A materialised gradient ``g`` of shape ``[B, *parameter.shape]``: biases, norms, whatever has no rule.
 
-    def __init__(self, g: Tensor) -> None:
-        self.g = accurate(g)
+    Args:
+        g: The gradient.
+        method: How it was found, in a few words.
+    """
+
+    def __init__(self, g: Tensor, method: str = MATERIALISED) -> None:
+        self.g, self._method = accurate(g), method
+
+    @property
+    def method(self) -> str:
+        """As given."""
+        return self._method
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,7 +114,7 @@ class Dense(Entry):
 
     def where(self, keep: Tensor) -> Dense:
         """Return the masked entry."""
-        return Dense(_masked(self.g, keep))
+        return Dense(_masked(self.g, keep), self._method)
 
 
 class Outer(Entry):
@@ -109,6 +133,16 @@ class Outer(Entry):
     def shape(self) -> tuple[int, ...]:
         """``(p, d)``."""
         return self.g.shape[-1], self.a.shape[-1]
+
+    @property
+    def method(self) -> str:
+        """The way of `norm_sq`."""
+        return "ghost norm" if self._ghost_is_cheaper() else MATERIALISED
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """``a``, ``g``, and the materialised gradients if they are kept."""
+        return (self.a, self.g) if self._kept is None else (self.a, self.g, self._kept)
 
     def dense(self) -> Tensor:
         """Return ``g^T a``, and keep it for the weighted sum."""
@@ -164,6 +198,16 @@ class Rows(Entry):
     def shape(self) -> tuple[int, ...]:
         """``(V, d)``."""
         return self.num_rows, self.g.shape[-1]
+
+    @property
+    def method(self) -> str:
+        """The way of `norm_sq`."""
+        return "index rows"
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """``index`` and ``g``."""
+        return self.index, self.g
 
     def dense(self) -> Tensor:
         """Return the tables, mostly zeros."""

@@ -151,6 +151,11 @@ def _ambiguous(key: Key, count: int) -> UnsupportedModelError:
 
 def describe(key: Key) -> str:
     """Return the names of the parameters in a key, for messages."""
+    return ", ".join(f"'{name}'" for name in names_in(key))
+
+
+def names_in(key: Key) -> tuple[str, ...]:
+    """Return the names of the parameters in a key."""
     names: list[str] = []
 
     def collect(identity: Hashable) -> None:
@@ -158,7 +163,7 @@ def describe(key: Key) -> str:
             for part in identity[1]:
                 collect(part)
         else:
-            names.append(f"'{identity}'")
+            names.append(str(identity))
 
     collect(key)
-    return ", ".join(dict.fromkeys(names))
+    return tuple(dict.fromkeys(names))

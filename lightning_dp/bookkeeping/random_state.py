@@ -47,7 +47,13 @@ class RandomState:
     def differs_from(self, other: RandomState) -> bool:
         """Whether anything was drawn between the two states."""
         pairs = zip((self.cpu, *self.cuda), (other.cpu, *other.cuda), strict=True)
-        return any(not torch.equal(mine, its) for mine, its in pairs)
+        torch_differs = any(not torch.equal(mine, its) for mine, its in pairs)
+        return torch_differs or self.python != other.python or _plain(self.numpy) != _plain(other.numpy)
+
+
+def _plain(numpy: Any) -> tuple[Any, ...]:
+    """Return NumPy's state as something that can be compared."""
+    return () if numpy is None else (numpy[0], numpy[1].tolist(), *numpy[2:])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from lightning_dp.bookkeeping.refusals import opaque
+from lightning_dp.errors import UnsupportedModelError
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -29,6 +30,18 @@ def calling_line() -> str:
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+class Opaque(UnsupportedModelError):
+    """Parameters enter operations that torch does not let us see; the message is that of the first.
+
+    Args:
+        reasons: A message for each of them, by name.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(next(iter(reasons.values())))
+        self.reasons = dict(reasons)
 
 
 def check_opaque(
@@ -44,16 +57,20 @@ def check_opaque(
         again: Runs the forward pass once more.
 
     Raises:
-        UnsupportedModelError: Naming the parameter, the operation and where it is called or defined.
+        Opaque: Naming the parameter, the operation and where it is called or defined.
     """
-    for name, node in _entered(loss, names):
-        if isinstance(node, BackwardCFunction) and name not in registered:
-            raise opaque(name, f"{_function(node).__name__} ({_definition(_function(node))})")
-    for name, node in _entered(loss, names):
-        if name not in seen:
-            raise opaque(
-                name, f"an operation ({node.name().removesuffix('Backward0')}, {_line_of(name, names, again)})"
-            )
+    entered = list(_entered(loss, names))
+    operations = {
+        name: f"{_function(node).__name__} ({_definition(_function(node))})"
+        for name, node in entered
+        if isinstance(node, BackwardCFunction) and name not in registered
+    }
+    hidden = {name: node for name, node in entered if name not in seen and name not in operations}
+    lines = _lines_of(hidden, names, again) if hidden else {}
+    for name, node in hidden.items():
+        operations[name] = f"an operation ({node.name().removesuffix('Backward0')}, {lines[name]})"
+    if operations:
+        raise Opaque({name: str(opaque(name, operation)) for name, operation in operations.items()})
 
 
 def _entered(loss: Any, names: Mapping[int, str]) -> Iterator[tuple[str, Any]]:
@@ -88,11 +105,14 @@ def _definition(function: Any) -> str:
         return "compiled code"
 
 
-def _line_of(name: str, names: Mapping[int, str], again: Callable[[], Any]) -> str:
-    """Return where a parameter enters an operation, by a pass in which autograd notes the lines."""
+def _lines_of(hidden: Iterable[str], names: Mapping[int, str], again: Callable[[], Any]) -> dict[str, str]:
+    """Return where parameters enter an operation, by a pass in which autograd notes the lines."""
     with torch.autograd.set_detect_anomaly(True, check_nan=False):
-        nodes = [node for other, node in _entered(again(), names) if other == name]
-    traceback = "".join(nodes[0].metadata.get("traceback_", [])) if nodes else ""
+        tracebacks = {name: "".join(node.metadata.get("traceback_", [])) for name, node in _entered(again(), names)}
+    return {name: _users_line(tracebacks.get(name, "")) for name in hidden}
+
+
+def _users_line(traceback: str) -> str:
     lines = [f"{file}:{line}" for file, line in re.findall(r'File "(.+?)", line (\d+)', traceback)]
     users = [line for line in lines if not line.startswith(_NOT_THE_USERS)]
     return (users or ["compiled code"])[-1]

@@ -9,7 +9,9 @@ what they always count. Reading order of one step: `training_step`, `backward`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.status import PrivacyStatus
 from lightning_dp.strategies.stepping import Stepping, Unprepared
+
+Rehearsal = Callable[[PrivateRun, Callable[[Any], Any], Callable[..., Any], Callable[[Stepping], Stepping]], None]
+"""``rehearsal(run, moved, step, put)``: ``step(moved(batch), batch_idx)`` runs the training step on a batch, behind the
+stepping that ``put`` puts there."""
 
 
 class DPStrategy(PrivacyStatus, DDPStrategy):
@@ -98,6 +104,7 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         self._run = PrivateRun(settings)
         self._prepared: Prepared | None = None
         self._stepping: Stepping = Unprepared()
+        self._rehearsal: Rehearsal | None = None
 
     # ---- setup: one process needs neither launcher nor process group -------------------------------------------
 
@@ -147,6 +154,17 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
                 "expected one DataLoader. Training on several datasets at once is not accounted for."
             )
         self._forget()
+        if self._rehearsal is not None:
+            self._rehearsal(self._run, self._moved, partial(Strategy.training_step, self), self._put)
+
+    @contextmanager
+    def rehearsing(self, rehearsal: Rehearsal) -> Iterator[None]:
+        """Have ``rehearsal`` called by a fit that is ready for its first step; it may end the fit by an exception."""
+        self._rehearsal = rehearsal
+        try:
+            yield
+        finally:
+            self._rehearsal = None
 
     # ---- one logical batch -------------------------------------------------------------------------------------
 

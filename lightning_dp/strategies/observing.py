@@ -61,10 +61,19 @@ class Observer:
         with uncompiled():  # also where autograd is compared: compiled code may draw other random numbers
             self._observe(keeping, trained, check)
 
-    def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
+    @property
+    def num_samples(self) -> int:
+        """How many samples were chosen to be looked at; 0 before."""
+        return len(self._index)
+
+    def look(self, keeping: BookKeeping) -> None:
+        """Let a book-keeping observe, and check nothing."""
         if not self._index:
             self._choose_samples()
         keeping.observe(self._loss, varied=len(self._index) > 1)
+
+    def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
+        self.look(keeping)
         if not check or len(self._index) < 2:
             self._check_not_written()
             return

@@ -5,7 +5,7 @@ Owns: the order of the looking, and what follows from it. Does not own: any sing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
 from lightning_dp.strategies import checks
-from lightning_dp.strategies.manual import ManualStepping
+from lightning_dp.strategies.manual import Groups, ManualStepping
 from lightning_dp.strategies.observing import Observer
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.stepping import AutomaticStepping, Stepping
@@ -49,6 +49,27 @@ class Prepared:
         return self.keeping.trains(trained)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a training step trains, and by what it is looked at.
+
+    Args:
+        trial: Runs it.
+        observer: Looks at it.
+        trained: The parameters that are trained privately, by name.
+        others: Further parameters that require a gradient.
+        steps: The optimizers in the order of their steps in one training step; known under manual optimization only.
+        public: Those whose gradients do not depend on the training data.
+    """
+
+    trial: AutomaticTrial | ManualTrial
+    observer: Observer
+    trained: Parameters
+    others: Parameters
+    steps: Sequence[Optimizer] = ()
+    public: Set[Optimizer] = frozenset()
+
+
 def prepare(
     module: pl.LightningModule,
     run: PrivateRun,
@@ -66,35 +87,49 @@ def prepare(
     Raises:
         PrivacyError: If it cannot be trained privately.
     """
-    if module.automatic_optimization:
-        return _prepare_automatic(module, run, AutomaticTrial(module, run_step))
-    return _prepare_manual(module, run, ManualTrial(module, run_step, put))
+    found = find(module, run, run_step, put)
+    loops = run.settings.clipping_engine == "loop" and module.automatic_optimization
+    keeping = (LoopKeeping if loops else BookKeeping)(found.trained, found.others)
+    found.observer.observe(keeping, found.trained, check=run.settings.self_check)
+    if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
+        return _prepare_manual(module, run, keeping, found, found.trial.groups)
+    return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.budget), frozenset())
 
 
-def _prepare_automatic(module: pl.LightningModule, run: PrivateRun, trial: AutomaticTrial) -> Prepared:
-    trained, others = _checked_parameters(module)
-    keeping = (LoopKeeping if run.settings.clipping_engine == "loop" else BookKeeping)(trained, others)
-    _observer(module, run, trial).observe(keeping, trained, check=run.settings.self_check)
-    return Prepared(keeping, AutomaticStepping(keeping, run.private_step(trained), run.budget), frozenset())
+def find(
+    module: pl.LightningModule,
+    run: PrivateRun,
+    run_step: Callable[[Any], Any],
+    put: Callable[[Stepping], Stepping],
+) -> Found:
+    """Find out what a training step trains; arguments as for `prepare`.
 
-
-def _prepare_manual(module: pl.LightningModule, run: PrivateRun, trial: ManualTrial) -> Prepared:
-    observer, optimizers = _observer(module, run, trial), module.trainer.optimizers
-    steps, public = observer.rehearse(trial)
-    trained, others = _checked_parameters(module, public)
-    keeping = BookKeeping(trained, others)
-    trial.groups = checks.named_groups(module, [o for o in optimizers if o not in public])
-    observer.observe(keeping, trained, check=run.settings.self_check)
-    releases = max(1, sum(optimizer not in public for optimizer in steps))
-    run.settle(module.trainer, module.trainer.world_size, releases_per_draw=releases, steps_per_draw=len(steps))
-    _announce(optimizers, public)
-    stepping = ManualStepping(keeping, run.private_step(trained), run.budget, trial.groups, releases)
-    return Prepared(keeping, stepping, public)
-
-
-def _observer(module: pl.LightningModule, run: PrivateRun, trial: AutomaticTrial | ManualTrial) -> Observer:
+    Raises:
+        PrivacyError: If that cannot be trained privately.
+    """
+    mean_loss = run.settings.loss_reduction == "mean"
     assert run.loader is not None, "settled with the dataloader"
-    return Observer(module, run.loader, trial, mean_loss=run.settings.loss_reduction == "mean")
+    if module.automatic_optimization:
+        trial = AutomaticTrial(module, run_step)
+        trained, others = _checked_parameters(module)
+        return Found(trial, Observer(module, run.loader, trial, mean_loss=mean_loss), trained, others)
+    manual = ManualTrial(module, run_step, put)
+    observer = Observer(module, run.loader, manual, mean_loss=mean_loss)
+    steps, public = observer.rehearse(manual)
+    trained, others = _checked_parameters(module, public)
+    manual.groups = checks.named_groups(module, [o for o in module.trainer.optimizers if o not in public])
+    return Found(manual, observer, trained, others, steps, public)
+
+
+def _prepare_manual(
+    module: pl.LightningModule, run: PrivateRun, keeping: BookKeeping, found: Found, groups: Groups
+) -> Prepared:
+    releases = max(1, sum(optimizer not in found.public for optimizer in found.steps))
+    world_size = module.trainer.world_size
+    run.settle(module.trainer, world_size, releases_per_draw=releases, steps_per_draw=len(found.steps))
+    _announce(module.trainer.optimizers, found.public)
+    stepping = ManualStepping(keeping, run.private_step(found.trained), run.budget, groups, releases)
+    return Prepared(keeping, stepping, found.public)
 
 
 def _checked_parameters(

@@ -20,7 +20,7 @@ from lightning.pytorch.core.optimizer import do_nothing_closure
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dp.bookkeeping import Book, BookKeeping
+from lightning_dp.bookkeeping import Book, BookKeeping, Keeping
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.strategies.checks import loss_of
 from lightning_dp.strategies.manual import Groups, PendingGradients
@@ -67,7 +67,7 @@ class AutomaticTrial(Trial):
         """Return the loss, if there is one."""
         return loss_of(self._run_step(batch))
 
-    def books(self, keeping: BookKeeping, batch: Any, num_samples: int) -> list[Book]:
+    def books(self, keeping: Keeping, batch: Any, num_samples: int) -> list[Book]:
         """Return the one book."""
         with keeping.recording(num_samples):
             loss = self._required_loss(batch)

@@ -29,13 +29,32 @@ def undisturbed(module: pl.LightningModule) -> Iterator[Written]:
     written = Written(dict(module.named_parameters()))
     with ExitStack() as stack:
         stack.callback(written.undo)
+        stack.enter_context(_same_but_for_parameters(module))
+        with written:
+            yield written
+
+
+@contextmanager
+def undisturbed_at_full_speed(module: pl.LightningModule) -> Iterator[None]:
+    """Put back the same, for measuring: every parameter is copied beforehand, so that no operator is looked at."""
+    copies = [(p, p.data, p.detach().clone()) for p in module.parameters()]
+    try:
+        with _same_but_for_parameters(module):
+            yield
+    finally:
+        for p, data, value in copies:
+            p.data = data.copy_(value)
+
+
+@contextmanager
+def _same_but_for_parameters(module: pl.LightningModule) -> Iterator[None]:
+    with ExitStack() as stack:
         stack.enter_context(_same_random_numbers())
         stack.enter_context(_same_buffers(module))
         stack.enter_context(_same_metrics(module))
         for name in ("log", "log_dict"):
             stack.enter_context(_silenced(module, name))
-        with written:
-            yield written
+        yield
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import Dense, accurate
+from lightning_dp.bookkeeping.entries import SUMMED, Dense, accurate
 from lightning_dp.bookkeeping.operation import Operation, Recording
 
 
@@ -42,7 +42,7 @@ def multiplication(operation: Operation, input: Any, other: Any) -> Recording | 
     shape = tuple(trained.shape)
 
     def record(g: Tensor, x: Tensor) -> None:
-        file(Dense(sum_to(split(accurate(g) * accurate(x)), shape)))
+        file(Dense(sum_to(split(accurate(g) * accurate(x)), shape), SUMMED))
 
     return record, [x]
 
@@ -71,7 +71,7 @@ def _summed(operation: Operation, terms: list[tuple[Any, float]]) -> Recording |
         g = split(accurate(g))
         for file, shape, factor in filed:
             if file is not None:
-                file(Dense(sum_to(g, shape) * factor))
+                file(Dense(sum_to(g, shape) * factor, SUMMED))
 
     return record, []
 

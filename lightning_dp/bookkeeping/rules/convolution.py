@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import Dense, Entry, Outer, accurate
+from lightning_dp.bookkeeping.entries import SUMMED, Dense, Entry, Outer, accurate
 from lightning_dp.bookkeeping.operation import Operation, Recording
 
 _UNFOLDED_IS_CHEAPER = 0.25
@@ -148,7 +148,7 @@ def _convolution(
             x = F.pad(accurate(x), ahead) if ahead else accurate(x)
             file_weight(_merged(geometry, split(x), split(g)))
         if file_bias is not None:
-            file_bias(Dense(split(g).transpose(1, 2).flatten(2).sum(2)))
+            file_bias(Dense(split(g).transpose(1, 2).flatten(2).sum(2), SUMMED))
 
     return record, [input] if file_weight is not None else []
 

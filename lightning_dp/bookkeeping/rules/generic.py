@@ -30,6 +30,9 @@ from lightning_dp.errors import UnsupportedModelError
 
 Outputs = tuple[Tensor, ...]
 
+SLICED, MASKED = "generic: sliced", "generic: one sample at a time (slow)"
+"""The two ways, as they are shown."""
+
 
 def generic(operation: Operation) -> Recording:
     """File the per-sample gradients of every trained argument of any function."""
@@ -45,15 +48,16 @@ def generic(operation: Operation) -> Recording:
         count = len(tensors) - len(axes)
         gradients, saved = tensors[:count], tensors[count:]
         rows: Sequence[Tensor | None] | None = None
+        method = SLICED
         if sliceable:
             rows = _sliced(replay, saved, axes, gradients, layout.outputs, num_samples)
         if rows is None:
             if not shared:
                 _check_unshared(operation_name, gradients, layout.outputs)
-            rows = _masked(replay, saved, gradients, layout.outputs, num_samples)
+            rows, method = _masked(replay, saved, gradients, layout.outputs, num_samples), MASKED
         for file, g in zip(replay.files, rows, strict=True):
             if g is not None:
-                file(Dense(g))
+                file(Dense(g, method))
 
     return record, replay.saved
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import Dense, Outer, accurate
+from lightning_dp.bookkeeping.entries import SUMMED, Dense, Outer, accurate
 from lightning_dp.bookkeeping.operation import File
 from lightning_dp.bookkeeping.rules import recurrence
 from lightning_dp.bookkeeping.rules.recurrence import Cell, GateGradients, Steps, Weights, product
@@ -156,9 +156,9 @@ def file_direction(
     if files.hh is not None:
         files.hh(Outer(per_sample(steps.h[d]), per_sample(found.hh[d])))
     if files.b_ih is not None:
-        files.b_ih(Dense(per_sample(found.ih[d]).sum(1)))
+        files.b_ih(Dense(per_sample(found.ih[d]).sum(1), SUMMED))
     if files.b_hh is not None:
-        files.b_hh(Dense(per_sample(found.hh[d]).sum(1)))
+        files.b_hh(Dense(per_sample(found.hh[d]).sum(1), SUMMED))
     if files.hr is not None and found.unprojected is not None and found.projected is not None:
         files.hr(Outer(per_sample(found.unprojected[d]), per_sample(found.projected[d])))
 

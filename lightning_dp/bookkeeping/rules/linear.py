@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dp.bookkeeping.axes import merge_rows
-from lightning_dp.bookkeeping.entries import Dense, Outer
+from lightning_dp.bookkeeping.entries import SUMMED, Dense, Outer
 from lightning_dp.bookkeeping.operation import File, Operation, Recording
 
 
@@ -46,7 +46,7 @@ def _product(
         if file_weight is not None and x is not None:
             _file_outer(file_weight, merge_rows(split(x), 1), g, transposed)
         if file_bias is not None:
-            file_bias(Dense(g.sum(1)))
+            file_bias(Dense(g.sum(1), SUMMED))
 
     return record, [input] if file_weight is not None else []
 

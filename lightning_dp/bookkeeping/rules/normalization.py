@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.bookkeeping.axes import merge_rows
-from lightning_dp.bookkeeping.entries import Dense, accurate
+from lightning_dp.bookkeeping.entries import SUMMED, Dense, accurate
 from lightning_dp.bookkeeping.operation import Operation, Recording
 
 
@@ -94,8 +94,8 @@ def _affine(
     def record(g: Tensor, x: Tensor | None = None) -> None:
         g = accurate(g)
         if file_weight is not None and x is not None:
-            file_weight(Dense(per_sample(normalize(accurate(x)) * g)))
+            file_weight(Dense(per_sample(normalize(accurate(x)) * g), SUMMED))
         if file_bias is not None:
-            file_bias(Dense(per_sample(g)))
+            file_bias(Dense(per_sample(g), SUMMED))
 
     return record, [input] if file_weight is not None else []
