@@ -65,6 +65,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        module.train()  # some modules override it, to drop what they kept for evaluation
         for m, training in modes:
             m.training = training
 
