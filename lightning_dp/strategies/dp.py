@@ -239,7 +239,7 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         if results is not None:  # what Lightning does for the batches it fetches itself
             results.batch, results.batch_size = batch.data, None
         try:
-            with keeping.recording(batch.num_rows):
+            with self._stepping.running(batch.data), keeping.recording(batch.num_rows):
                 return run_step(batch.data)
         finally:
             self._stepping.end()

@@ -9,8 +9,8 @@ optimizers are private (``trials``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lightning_dp.bookkeeping import Book, BookKeeping
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.errors import PrivacyError, UnsupportedModelError
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.strategies.following import Following
 from lightning_dp.strategies.stepping import Stepping
 
 Groups = Mapping[Optimizer, Mapping[str, nn.Parameter]]
@@ -113,7 +114,8 @@ class ManualStepping(Stepping):
     """Every step of a private optimizer is a release; those of the others are what they always are.
 
     Guarantee: a parameter of a private optimizer only ever changes by clipped and noised sums, of which one logical
-    batch gives no more than ``releases_per_draw``, the number that is accounted for each draw.
+    batch gives no more than ``releases_per_draw``, the number that is accounted for each draw. A public optimizer only
+    steps by gradients in whose computation no sample took part, by any of torch's operators.
 
     Args:
         keeping: Where per-sample gradients come from.
@@ -121,6 +123,7 @@ class ManualStepping(Stepping):
         budget: Books what is released from one draw.
         groups: The private optimizers.
         releases_per_draw: The most releases from one logical batch.
+        public: The parameters of every optimizer that steps without noise, by name.
     """
 
     def __init__(
@@ -130,10 +133,13 @@ class ManualStepping(Stepping):
         budget: PrivacyBudget,
         groups: Groups,
         releases_per_draw: int,
+        public: Groups,
     ) -> None:
         self._keeping, self._step, self._budget = keeping, step, budget
         self._groups, self._releases_per_draw = groups, releases_per_draw
         self._pending = PendingGradients(keeping, groups)
+        self._names = {id(p): name for group in public.values() for name, p in group.items()}
+        self._following = Following()
         self._num_real = self._released = 0
         self._in_training_step = False
 
@@ -147,6 +153,13 @@ class ManualStepping(Stepping):
         """Begin a physical batch: under manual optimization it is the logical batch."""
         self._num_real, self._in_training_step = num_real, True
 
+    def running(self, data: Any) -> AbstractContextManager[None]:
+        """Follow the samples, where something could step by them without noise."""
+        if not self._names:
+            return nullcontext()
+        self._following.mark(data)
+        return self._following
+
     def end(self) -> None:
         """End the training step; what came back and was not released is forgotten."""
         self._keeping.abandon()
@@ -156,27 +169,36 @@ class ManualStepping(Stepping):
         """Run a backward pass; what comes back stays in the book until an optimizer steps."""
         self._pending.backward(run)
 
-    def paused(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """Let the optimizer see ordinary parameters."""
-        return self._keeping.paused()
+        with self._keeping.paused(), self._following.paused():
+            yield
 
-    def recording(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def recording(self) -> Iterator[None]:
         """Record a closure, which may hold the forward and the backward pass."""
-        return self._keeping.recording() if self._in_training_step else nullcontext()
+        with ExitStack() as stack:
+            if self._in_training_step:
+                stack.enter_context(self._keeping.recording())
+                stack.enter_context(self._following.resumed())
+            yield
 
     def release(self, optimizer: Optimizer, result: Any) -> Any:
         """Release the gradients of a private optimizer; those of a public one are what they are.
 
         Raises:
-            PrivacyError: If more would be released from one draw than is accounted for.
+            PrivacyError: If more would be released from one draw than is accounted for, or if the gradients of a public
+                optimizer depend on samples by now.
         """
-        if optimizer not in self._groups:
-            return result
         if not self._in_training_step:
             raise PrivacyError(
-                "an optimizer that trains on private data stepped outside training_step, where no samples are drawn: "
-                "step it in training_step."
+                f"an optimizer ({type(optimizer).__name__}) stepped outside training_step, where no samples are drawn "
+                "and nothing is seen of what its gradients are made of: step it in training_step."
             )
+        if optimizer not in self._groups:
+            self._check_public(optimizer)
+            return result
         book = self._pending.take(optimizer)
         if self._released == self._releases_per_draw:
             raise PrivacyError(
@@ -190,3 +212,14 @@ class ManualStepping(Stepping):
         self._step.collect(book, self._num_real)
         self._step.release(self._groups[optimizer])
         return None
+
+    def _check_public(self, optimizer: Optimizer) -> None:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p.grad is not None and self._following.depends(p.grad):
+                name = self._names.get(id(p), "of a parameter that was added")
+                raise PrivacyError(
+                    f"the gradient of '{name}' depends on the training data now. When the training step was observed "
+                    f"it did not, so its optimizer ({type(optimizer).__name__}) steps without noise. Let the samples "
+                    "take part in the first training step of the fit as in any later one, if only with weight zero: "
+                    "then it is trained privately. Or keep them out of its loss (detach, zero_grad)."
+                )

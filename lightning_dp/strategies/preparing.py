@@ -128,7 +128,8 @@ def _prepare_manual(
     world_size = module.trainer.world_size
     run.settle(module.trainer, world_size, releases_per_draw=releases, steps_per_draw=len(found.steps))
     _announce(module.trainer.optimizers, found.public)
-    stepping = ManualStepping(keeping, run.private_step(found.trained), run.budget, groups, releases)
+    public = checks.named_groups(module, found.public)
+    stepping = ManualStepping(keeping, run.private_step(found.trained), run.budget, groups, releases, public)
     return Prepared(keeping, stepping, found.public)
 
 

@@ -36,6 +36,10 @@ class Stepping(ABC):
             num_real: The number of its samples that were drawn; any further one is a phantom and adds nothing.
         """
 
+    def running(self, data: Any) -> AbstractContextManager[None]:
+        """Return the context of a training step on a physical batch."""
+        return nullcontext()
+
     def end(self) -> None:  # noqa: B027
         """End a training step."""
 

@@ -12,7 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -23,13 +23,19 @@ from torch.optim import Optimizer
 from lightning_dp.bookkeeping import Book, BookKeeping, Keeping
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.strategies.checks import loss_of
+from lightning_dp.strategies.following import Following
 from lightning_dp.strategies.manual import Groups, PendingGradients
 from lightning_dp.strategies.stepping import Stepping
 
 Gradients = Mapping[str, Tensor]
 
-Step = tuple[Optimizer, dict[int, Tensor]]
-"""What an optimizer stepped by: the gradients of its parameters by ``id``."""
+
+class Step(NamedTuple):
+    """What an optimizer stepped by: the gradients of its parameters by ``id``, and whether samples took part."""
+
+    optimizer: Optimizer
+    gradients: dict[int, Tensor]
+    depends: bool
 
 
 class Trial(ABC):
@@ -124,19 +130,25 @@ class ManualTrial(Trial):
         """Return the gradients at every step of a private optimizer."""
         steps = self.steps(batch)
         return [
-            {name: gradients[id(p)] for name, p in self.groups[optimizer].items()}
-            for optimizer, gradients in steps
-            if optimizer in self.groups
+            {name: step.gradients[id(p)] for name, p in self.groups[step.optimizer].items()}
+            for step in steps
+            if step.optimizer in self.groups
         ]
 
     def steps(self, *batches: Any) -> list[Step]:
         """Return every optimizer's steps in training steps that follow each other."""
-        stepping = _Ordinary()
-        self._run(stepping, *batches)
+        following = Following()
+        following.mark(batches)
+        stepping = _Ordinary(following)
+        with following:
+            self._run(stepping, *batches)
         return stepping.steps
 
     def compared(self, runs: list[list[Step]]) -> tuple[list[Optimizer], set[Optimizer]]:
-        """Find out which optimizers are public: their gradients are exactly the same whatever the samples are.
+        """Find out which optimizers are public: no sample takes part in their gradients.
+
+        What operators cannot tell, because a number was read out of a tensor, gradients tell: they must also be exactly
+        the same whatever the samples are.
 
         Args:
             runs: The steps in two training steps on the same samples, so that what the first leaves behind is seen in
@@ -147,8 +159,14 @@ class ManualTrial(Trial):
 
         Raises:
             PrivacyConfigurationError: If an optimizer makes no step.
+            UnsupportedModelError: If the samples decide which optimizers step.
         """
-        order, optimizers = [optimizer for optimizer, _ in runs[0]], self._module.trainer.optimizers
+        order, optimizers = [step.optimizer for step in runs[0]], self._module.trainer.optimizers
+        if any([step.optimizer for step in run] != order for run in runs):
+            raise UnsupportedModelError(
+                "which optimizers step, and how often, depends on the samples of the batch: that would be released "
+                "without noise. Decide it by what does not depend on the training data, such as batch_idx."
+            )
         for k, optimizer in enumerate(optimizers):
             if optimizer not in order:
                 raise PrivacyConfigurationError(
@@ -156,7 +174,8 @@ class ManualTrial(Trial):
                     "before the first batch, so it is not known whether its gradients depend on the training data. Let "
                     "the training step for batch_idx=0 step every optimizer of self.optimizers()."
                 )
-        public = {optimizer for optimizer in optimizers if len(runs) > 1 and _all_equal(optimizer, runs)}
+        depends = {step.optimizer for run in runs for step in run if step.depends}
+        public = {o for o in optimizers if o not in depends and len(runs) > 1 and _all_equal(o, runs)}
         private = {id(p) for optimizer in optimizers if optimizer not in public for p in _parameters(optimizer)}
         shares = {optimizer for optimizer in public if any(id(p) in private for p in _parameters(optimizer))}
         none_is_private = len(public) == len(optimizers)
@@ -225,15 +244,17 @@ class _Ordinary(Stepping):
 
     is_trial = True
 
-    def __init__(self) -> None:
+    def __init__(self, following: Following) -> None:
         self.steps: list[Step] = []
+        self._following = following
 
     def backward(self, loss: Tensor, run: Callable[[], None]) -> None:
         run()
 
     def release(self, optimizer: Optimizer, result: Any) -> Any:
         gradients = {id(p): torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in _parameters(optimizer)}
-        self.steps.append((optimizer, gradients))
+        depends = any(map(self._following.depends, gradients.values()))
+        self.steps.append(Step(optimizer, gradients, depends))
         return result
 
 
@@ -262,7 +283,7 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _all_equal(optimizer: Optimizer, runs: list[list[Step]]) -> bool:
-    first, *others = [[gradients for o, gradients in run if o is optimizer] for run in runs]
+    first, *others = [[step.gradients for step in run if step.optimizer is optimizer] for run in runs]
     return all(
         len(other) == len(first)
         and all(torch.equal(g[key], h[key]) for g, h in zip(first, other, strict=True) for key in g)

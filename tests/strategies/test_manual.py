@@ -375,3 +375,103 @@ def test_a_contrastive_loss_is_found_here_too():
 
     with pytest.raises(ldp.UnsupportedModelError, match=r"\(c\).*the gradient of a sample"):
         fit(Contrastive(steps), loader(batch_size=20))
+
+
+class Matching(GAN):
+    """A generator that also sees the samples, weighed by ``weight``."""
+
+    def __init__(self, weight, match, **settings):
+        super().__init__(**settings)
+        self.weight, self.match = weight, match
+
+    def training_step(self, batch, batch_idx):
+        (real,) = batch
+        z, (g, d) = self.noise(real), self.optimizers()
+        fake, weight = self.generator(z), self.weight(self)
+        loss = self.judged(fake, 1.0)
+        self.step_of(g, lambda: loss if weight is None else loss + weight * self.match(fake, real))
+        self.step_of(d, lambda: self.discriminator_loss(real, z))
+
+
+def test_samples_that_only_take_part_with_weight_zero_make_an_optimizer_private():
+    module = Matching(lambda m: m.current_epoch / 10, F.mse_loss).double()
+    strategy = fit(module, noise_multiplier=2.0, max_epochs=2)
+    expected = ldp.compute_epsilon(noise_multiplier=2.0 / 2**0.5, sample_rate=1.0, num_steps=2, delta=strategy.delta)
+    assert strategy.epsilon == pytest.approx(expected, rel=1e-9)
+
+
+def test_samples_that_take_part_later_are_found_at_that_step():
+    module = Matching(lambda m: 1.0 if m.current_epoch else None, F.mse_loss).double()
+    with pytest.raises(ldp.PrivacyError, match=r"'generator.0.weight' depends on the training data now"):
+        fit(module, max_epochs=2)
+
+
+@pytest.mark.parametrize("read", [lambda t: t, lambda t: t.item()], ids=["tensor", "number"])
+def test_statistics_that_vanish_for_equal_samples_are_no_public_loss(read):
+    module = Matching(
+        lambda m: 1.0, lambda fake, real: fake.square().mean() * read(real.std(0, unbiased=False).sum())
+    ).double()
+    with pytest.raises(ldp.UnsupportedModelError, match=r"\(c\).*samples influence each other|changed when"):
+        fit(module)
+
+
+def test_a_rare_label_makes_an_optimizer_private():
+    class Conditional(GAN):
+        def training_step(self, batch, batch_idx):
+            real, label = batch
+            z, (g, d) = self.noise(real) + label[:, None], self.optimizers()
+            self.step_of(g, lambda: self.judged(self.generator(z), 1.0))
+            self.step_of(d, lambda: self.discriminator_loss(real, z))
+
+    data = [(x, torch.tensor(float(i == 5))) for i, (x,) in enumerate(real_samples().dataset)]
+    strategy = fit(Conditional().double(), DataLoader(data, batch_size=N), noise_multiplier=2.0)
+    assert strategy._run.mechanism.releases_per_draw == 2
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["unfrozen", "added"])
+def test_what_joins_a_public_optimizer_later_is_looked_at(frozen):
+    class Growing(GAN):
+        def __init__(self):
+            super().__init__()
+            self.sight = nn.Linear(4, NOISE_SIZE).requires_grad_(False)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.sight.requires_grad_(True)
+                if not frozen:
+                    self.trainer.optimizers[0].add_param_group({"params": list(self.sight.parameters())})
+
+        def training_step(self, batch, batch_idx):
+            (real,) = batch
+            z, (g, d) = self.noise(real), self.optimizers()
+            sight = self.sight(real) if self.current_epoch else 0.0
+            self.step_of(g, lambda: self.judged(self.generator(z + sight), 1.0))
+            self.step_of(d, lambda: self.discriminator_loss(real, z))
+
+        def configure_optimizers(self):
+            optimizers = super().configure_optimizers()
+            if frozen:
+                optimizers[0].add_param_group({"params": list(self.sight.parameters())})
+            return optimizers
+
+    with pytest.raises(ldp.PrivacyError, match="'(generator.0.weight|sight.weight)' depends on the training data now"):
+        fit(Growing().double(), max_epochs=2)
+
+
+def test_steps_that_samples_decide_on():
+    class Balanced(GAN):
+        def training_step(self, batch, batch_idx):
+            for _ in range(1 + (batch[0].sum().item() > 0)):
+                super().training_step(batch, batch_idx)
+
+    with pytest.raises(ldp.UnsupportedModelError, match="which optimizers step.*depends on the samples"):
+        fit(Balanced().double())
+
+
+def test_a_public_optimizer_does_not_step_outside_the_training_step():
+    class Late(GAN):
+        def on_train_batch_end(self, *_):
+            self.optimizers()[0].step()
+
+    with pytest.raises(ldp.PrivacyError, match="stepped outside training_step"):
+        fit(Late().double())
