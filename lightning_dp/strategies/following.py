@@ -9,13 +9,13 @@ Owns: which tensors depend on samples. Does not own: what follows from it (``tri
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_iter
 
 _ONLY_SHAPE = {
@@ -38,7 +38,7 @@ class Following(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the number from being used again
-        self._is_paused = False
+        self._is_paused = self._is_taken_off = False
 
     def mark(self, samples: Any) -> None:
         """Follow what will be computed from these samples: any nest of containers and objects."""
@@ -52,19 +52,22 @@ class Following(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Follow nothing inside: what is released there may be known."""
-        before, self._is_paused = self._is_paused, True
+        """Follow nothing inside: what is released there may be known. As fast as without, unless a mode lies above."""
+        is_top = _get_current_dispatch_mode() is self
+        before, self._is_paused, self._is_taken_off = (self._is_paused, self._is_taken_off), True, is_top
         try:
-            yield
+            with _pop_mode_temporarily() if is_top else nullcontext():
+                yield
         finally:
-            self._is_paused = before
+            self._is_paused, self._is_taken_off = before
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
         """Follow again, inside `paused`."""
         before, self._is_paused = self._is_paused, False
         try:
-            yield
+            with self if self._is_taken_off else nullcontext():
+                yield
         finally:
             self._is_paused = before
 

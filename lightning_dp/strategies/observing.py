@@ -45,7 +45,8 @@ class Observer:
         """Find out which optimizers step, and which of them do so by gradients that do not depend on the samples."""
         self._choose_samples()
         runs = []
-        for samples in [*(letter * 3 for letter in self._index), _LETTERS[:3]]:  # alike in a batch, and not
+        alike, unlike = [letter * 3 for letter in self._index], [_LETTERS[:3]] if len(self._index) > 1 else []
+        for samples in alike + unlike:
             with undisturbed(self._module):  # each run, so that all draw the same random numbers
                 runs.append(trial.steps(self.batch(samples), self.batch(samples)))
         return trial.compared(runs)
