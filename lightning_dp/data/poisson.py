@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 from scipy.special import rel_entr
@@ -143,10 +144,11 @@ class PoissonLoader:
             chosen = self.draw()
             chunks = _even_chunks(chosen, self.max_physical_batch_size)
             for k, chunk in enumerate(chunks):
-                # Phantoms, which are given the weight zero: one for an empty draw, or as many as hide its size.
+                # Phantoms, which are given the weight zero: one for an empty draw, or as many as hide its size. They
+                # repeat what was drawn, so that what a training step logs is about the draw.
                 rows = self.max_physical_batch_size if self._constant_size else max(len(chunk), 1)
                 self._chunks.append(_Chunk(rows, len(chunk), k == len(chunks) - 1))
-                yield chunk + [0] * (rows - len(chunk))
+                yield list(islice(cycle(chunk or [0]), rows))
 
     def _after(self, chunk: _Chunk, physical: Iterator[Any]) -> Iterator[PhysicalBatch]:
         while not chunk.is_last:

@@ -22,10 +22,15 @@ class Known(SecretRandom):
         self._cpu = np.random.default_rng(seed)
 
 
-def poisson(n=N, q=0.3, num_batches=DRAWS, physical=8, seed=0, **kwargs):
+def poisson(n=N, q=0.3, num_batches=DRAWS, physical=8, seed=0, constant_size=False, **kwargs):
     user = DataLoader(TensorDataset(torch.arange(n)), batch_size=5, **kwargs)
     return PoissonLoader(
-        user, sample_rate=q, num_batches=num_batches, max_physical_batch_size=physical, random=Known(seed)
+        user,
+        sample_rate=q,
+        num_batches=num_batches,
+        max_physical_batch_size=physical,
+        random=Known(seed),
+        constant_size=constant_size,
     )
 
 
@@ -88,6 +93,16 @@ def test_an_empty_draw_is_a_phantom_of_weight_zero():
     for (first,) in loader:
         chunk, rest = loader.take()
         assert (len(first), chunk.num_rows, chunk.num_real, list(rest)) == (1, 1, 0, [])
+
+
+def test_phantoms_that_hide_the_size_repeat_the_draw():
+    loader = poisson(num_batches=50, physical=N, constant_size=True)
+    for (rows,) in loader:
+        chunk, _ = loader.take()
+        drawn = rows[: chunk.num_real]
+        assert len(rows) == chunk.num_rows == N
+        assert drawn.unique().numel() == chunk.num_real < N
+        torch.testing.assert_close(rows, drawn.repeat(N)[:N] if chunk.num_real else torch.zeros_like(rows))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
