@@ -86,11 +86,22 @@ class Layouts:
         (uses.with_gradient if with_gradient else uses.without).append(layout)
         self._unanimous.clear()
 
-    def extend(self, other: Layouts) -> bool:
-        """Add the functions that another observation saw and this one did not; return whether there were any."""
-        new = {key: uses for key, uses in other._uses.items() if key not in self._uses}
+    def extend(self, other: Layouts, decisive: str) -> bool:
+        """Add the functions that another observation saw and this one did not; return whether there were any.
+
+        Args:
+            other: The other observation, with other random draws.
+            decisive: The reason of a refusal that holds whatever was observed otherwise.
+        """
+        new = {
+            key: uses
+            for key, uses in other._uses.items()
+            if key not in self._uses or any(layout.reason == decisive for layout in uses.with_gradient)
+        }
+        added = not new.keys() <= self._uses.keys()
         self._uses |= new
-        return bool(new)
+        self._unanimous.clear()
+        return added
 
     def find(self, key: Key, occurrence: int, recomputed: bool = False) -> Layout | None:
         """Return the layout of an occurrence, or ``None`` if the function was never observed.

@@ -125,7 +125,7 @@ def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool
                 if failures == _QUIET_ROUNDS:
                     raise UnsupportedModelError(_DEPENDS_ON_BATCH.format(event)) from None
                 continue
-            quiet_rounds = 0 if layouts.extend(found) else quiet_rounds + 1
+            quiet_rounds = 0 if layouts.extend(found, _COUPLED) else quiet_rounds + 1
             if not random or quiet_rounds == _QUIET_ROUNDS:
                 break
     finally:
@@ -140,22 +140,38 @@ def _observe(
     two = _trace(names, None, swap, forward, "ab", state, seed)
     three = _trace(names, two.events, swap, forward, "aab", state, seed)
     other = _trace(names, two.events, swap, forward, "bab" if varied else "aab", state, seed)
-    if [use.key for use in three.uses] != [use.key for use in other.uses]:
-        raise DifferentControlFlow("the same functions used other parameters")
+    _check_same_uses(three, other)
     gradients: list[tuple[Moved | None, ...]] = [()] * len(three.uses)
     vague = [k for k, pair in enumerate(zip(three.uses, other.uses, strict=True)) if refined(*pair)[1]]
     if vague and varied:
         passes = [_trace(names, two.events, swap, forward, s, state, seed, vague).gradients for s in ("aab", "bab")]
         for k in passes[0].keys() & passes[1].keys():
             gradients[k] = tuple(map(_moved, passes[0][k], passes[1][k]))
+    found = [refined(*each)[0] for each in zip(three.uses, other.uses, gradients, strict=True)]
+    if varied and any(layout.reason == _UNKNOWN_ORDER for layout in found):
+        # Row 0 is the first sample's in every order, and may be its only one that differs; row 1 is never the second's
+        # of a block: real samples that are followed by made ones.
+        third = _trace(names, two.events, swap, forward, "abb", state, seed)
+        _check_same_uses(three, third)
+        found = [refined(*each)[0] for each in zip(three.uses, other.uses, gradients, third.uses, strict=True)]
     layouts = Layouts()
-    for use, its, moved in zip(three.uses, other.uses, gradients, strict=True):
-        layout, _ = refined(use, its, moved)
+    for use, layout in zip(three.uses, found, strict=True):
         reason = routing(layout, two.witness, three.witness)
         if reason:
             layout = replace(layout, kind=Kind.REFUSED, reason=reason)
         layouts.add(use.key, layout, use.with_gradient)
     return layouts, three.random
+
+
+def _paired(one: _Pass, other: _Pass) -> list[tuple[Use, Use]]:
+    if [use.key for use in one.uses] != [use.key for use in other.uses]:
+        raise DifferentControlFlow
+    return list(zip(one.uses, other.uses, strict=True))
+
+
+def _check_same_uses(one: _Pass, other: _Pass) -> None:
+    if [use.key for use in one.uses] != [use.key for use in other.uses]:
+        raise DifferentControlFlow("the same functions used other parameters")
 
 
 def _trace(
@@ -216,13 +232,16 @@ def digest(leaf: Any, axis: SampleAxis | None) -> Digest | None:
     return Digest((rows @ weight).cpu(), (rows.abs() @ weight).cpu(), tolerance)
 
 
-def refined(use: Use, other: Use, gradients: Sequence[Moved | None] = ()) -> tuple[Layout, bool]:
+def refined(
+    use: Use, other: Use, gradients: Sequence[Moved | None] = (), third: Use | None = None
+) -> tuple[Layout, bool]:
     """Refine a layout by a second pass, which differs in sample 0 of three.
 
     Args:
         use: The use in the first pass.
         other: The same use in the second.
         gradients: What changed of the gradient of every output; nothing before they are looked at.
+        third: The same use in a third pass, which differs from the first in sample 1.
 
     Returns:
         The layout, and whether gradients would tell more.
@@ -236,6 +255,9 @@ def refined(use: Use, other: Use, gradients: Sequence[Moved | None] = ()) -> tup
         coupled = other.packing.problem(3) or not all(_fits_packed(use.packing, other.packing, *pair) for pair in pairs)
         return (replace(layout, kind=Kind.REFUSED, reason=_COUPLED) if coupled else layout), False
     orders = [orders_of(axis, changed(x, y), x) for x, y, axis in pairs]
+    if third is not None:
+        again = zip((*use.leaves, *use.outputs), (*third.leaves, *third.outputs), axes, orders, strict=True)
+        orders = [fits & orders_of(axis, changed(x, y), x, 1) for x, y, axis, fits in again]
     if not all(orders):
         return replace(layout, kind=Kind.REFUSED, reason=_COUPLED), False
     vague = any(len(fits) > 1 for fits in orders)
@@ -285,12 +307,12 @@ def _moved(x: Digest | None, y: Digest | None) -> Moved | None:
     return rows, used.nonzero().flatten()
 
 
-def orders_of(axis: SampleAxis | None, rows: Tensor | None, x: Digest | None) -> ordering.Orders:
-    """Return the orders of an axis that fit to the rows that changed with sample 0; none if other samples changed."""
+def orders_of(axis: SampleAxis | None, rows: Tensor | None, x: Digest | None, sample: int = 0) -> ordering.Orders:
+    """Return the orders of an axis that fit to the rows that changed with a sample; none if other samples changed."""
     if rows is None or (axis is None and rows.numel()):
         return frozenset()
     if axis is None:
         return frozenset({1})
     if rows.numel() == 0 and x is not None:
         return ordering.of_copies(axis, x.value, x.tolerance * float(x.scale.max())) or ordering.fitting(axis, rows)
-    return ordering.fitting(axis, rows)
+    return ordering.fitting(axis, rows, sample)

@@ -17,12 +17,12 @@ from lightning_dp.bookkeeping.axes import SampleAxis
 Orders = frozenset[int]
 
 _SAMPLES = 3
-"""How many samples the observed batches have; the first one changes."""
+"""How many samples the observed batches have; the first one changes, or the second."""
 
 
-def fitting(axis: SampleAxis, changed: Tensor) -> Orders:
-    """Return the orders in which only rows of the first sample changed; none if another sample changed, too."""
-    return frozenset(k for k in _divisors(axis.rows) if bool((changed // k % _SAMPLES == 0).all()))
+def fitting(axis: SampleAxis, changed: Tensor, sample: int = 0) -> Orders:
+    """Return the orders in which only rows of one sample changed; none if another sample changed, too."""
+    return frozenset(k for k in _divisors(axis.rows) if bool((changed // k % _SAMPLES == sample).all()))
 
 
 def by_gradient(axis: SampleAxis, changed: Tensor, same: Tensor) -> Orders:

@@ -475,3 +475,35 @@ def test_a_public_optimizer_does_not_step_outside_the_training_step():
 
     with pytest.raises(ldp.PrivacyError, match="stepped outside training_step"):
         fit(Late().double())
+
+
+@pytest.mark.parametrize("real_first", [True, False])
+def test_real_and_made_samples_in_one_batch_are_exact(real_first):
+    class Joined(Seeded):
+        def discriminator_loss(self, real, z):
+            parts = [(real, torch.ones(len(real), 1)), (self.generator(z).detach(), torch.zeros(len(real), 1))]
+            x, truth = (torch.cat(pair) for pair in zip(*(parts if real_first else parts[::-1]), strict=True))
+            return F.binary_cross_entropy_with_logits(self.discriminator(x), truth.to(x))
+
+    joined, apart = Joined().double(), Seeded().double()
+    apart.load_state_dict(joined.state_dict())
+    before = parameters(joined)
+    fit(joined)
+    fit(apart)
+    expected = updates(apart, before)
+    for name, update in updates(joined, before).items():
+        torch.testing.assert_close(update, expected[name], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("offset", range(4))
+def test_real_and_made_samples_in_random_order_have_no_gradients_of_their_own(offset):
+    class Shuffled(GAN):
+        def discriminator_loss(self, real, z):
+            torch.rand(1 + offset)
+            x = torch.cat([real, self.generator(z).detach()])
+            truth = torch.cat([torch.ones(len(real), 1), torch.zeros(len(real), 1)]).to(x)
+            order = torch.cat([torch.randperm(len(x)) for _ in range(1 + offset)])[-len(x) :]
+            return F.binary_cross_entropy_with_logits(self.discriminator(x[order]), truth[order])
+
+    with pytest.raises(ldp.UnsupportedModelError, match="no sample has a gradient of its own|samples influence"):
+        fit(Shuffled().double())
