@@ -112,3 +112,32 @@ def test_a_script_is_named_with_its_line():
     ):
         fit(Scripted())
     fit(Scripted(), clipping_engine="loop")
+
+
+def test_subclasses_of_a_registered_class_compute_their_own():
+    class Registered(hidden_scale()):
+        pass
+
+    class Fivefold(Registered):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, 5 * weight)
+            return 5 * x * weight
+
+    ldp.register_rule(Registered)
+    x, w = rand(2, 3), rand(3)
+    torch.testing.assert_close(Registered.apply(x, w), x * w)
+    torch.testing.assert_close(Fivefold.apply(x, w), 5 * x * w)
+    with pytest.raises(ldp.UnsupportedModelError, match=r"'net.w' enters Fivefold"):
+        fit(scaled(Fivefold.apply, head=nn.Linear(3, 2)))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [lambda g, x, w: None, lambda g, x, w: (None,), lambda g, x, w: (None, (g * x).sum(0))],
+    ids=["none", "too few", "no sample axis"],
+)
+def test_what_a_rule_returns_is_checked(rule):
+    scale = ldp.register_rule(hidden_scale(), rule)
+    with pytest.raises(ldp.UnsupportedModelError, match=r"'apply' was registered with returned .* expected for each"):
+        fit(scaled(scale.apply, head=nn.Linear(3, 2)))

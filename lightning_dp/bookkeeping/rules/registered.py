@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping.entries import Dense
 from lightning_dp.bookkeeping.operation import Operation, Recording, Rule
+from lightning_dp.errors import UnsupportedModelError
 
 PerSampleGradients = Callable[..., Sequence["Tensor | None"]]
 
@@ -35,8 +36,9 @@ def register_rule(operation: T, per_sample_gradients: PerSampleGradients | None 
     each sample; or, faster, from ``per_sample_gradients``. Either is checked against autograd before the first step.
 
     Args:
-        operation: A subclass of ``torch.autograd.Function`` (its ``apply`` is seen from then on), or a differentiable
-            function (the function that is returned is seen, in the place of the given one).
+        operation: A subclass of ``torch.autograd.Function`` (its ``apply`` is seen from then on; that of its own
+            subclasses is not), or a differentiable function (the function that is returned is seen, in the place of the
+            given one).
         per_sample_gradients: ``per_sample_gradients(output_gradient, *args)``, with the arguments of the operation,
             returns for each argument ``None`` or its gradients, shape ``[B, *argument.shape]`` for B samples: those of
             trained parameters are used. The output gradient has the shape of the output, one tensor for each output.
@@ -55,7 +57,7 @@ def register_rule(operation: T, per_sample_gradients: PerSampleGradients | None 
     """
     if isinstance(operation, type) and issubclass(operation, torch.autograd.Function):
         seen: Any = _seen(operation.apply)
-        operation.apply = staticmethod(seen)  # type: ignore[method-assign, assignment]
+        operation.apply = _Apply(operation, seen)  # type: ignore[method-assign, assignment]
         result: Any = operation
     elif callable(operation) and not isinstance(operation, type):
         result = seen = _seen(operation)
@@ -72,6 +74,16 @@ def register_rule(operation: T, per_sample_gradients: PerSampleGradients | None 
 def is_registered(function: Callable[..., Any]) -> bool:
     """Whether a function is seen because its author registered it."""
     return function in _SEEN
+
+
+class _Apply:
+    """The ``apply`` of a registered class; its subclasses, which may compute something else, keep their own."""
+
+    def __init__(self, owner: type, seen: Callable[..., Any]) -> None:
+        self._owner, self._seen = owner, seen
+
+    def __get__(self, instance: Any, cls: type) -> Any:
+        return self._seen if cls is self._owner else super(self._owner, cls).apply  # type: ignore[misc, arg-type]
 
 
 def _seen(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,6 +105,7 @@ def _rule(per_sample_gradients: PerSampleGradients) -> Rule:
             return None
         files = [operation.filing(arg) for arg in args]
         saved_at = [k for k, arg in enumerate(args) if isinstance(arg, Tensor)]
+        shapes = [arg.shape if isinstance(arg, Tensor) else None for arg in args]
         constants = [None if isinstance(arg, Tensor) else arg for arg in args]
 
         def record(*tensors: Tensor) -> None:
@@ -101,6 +114,7 @@ def _rule(per_sample_gradients: PerSampleGradients) -> Rule:
             for at, value in zip(saved_at, tensors[count:], strict=True):
                 values[at] = value
             gradients = per_sample_gradients(*tensors[:count], *values)
+            _check(operation.func, gradients, shapes)
             for file, gradient in zip(files, gradients, strict=True):
                 if file is not None and gradient is not None:
                     file(Dense(gradient))
@@ -108,3 +122,17 @@ def _rule(per_sample_gradients: PerSampleGradients) -> Rule:
         return record, [operation.plain(args[k]) for k in saved_at]
 
     return rule
+
+
+def _check(operation: Any, gradients: Any, shapes: Sequence[torch.Size | None]) -> None:
+    found = [getattr(g, "shape", None) for g in gradients] if isinstance(gradients, Sequence) else [gradients]
+    fits = len(found) == len(shapes) and all(
+        a is None or b is None or a[1:] == b for a, b in zip(found, shapes, strict=True)
+    )
+    if not fits:
+        raise UnsupportedModelError(
+            f"the per_sample_gradients that '{operation.__name__}' was registered with returned "
+            f"{[None if a is None else tuple(a) for a in found]}: expected for each of its {len(shapes)} arguments "
+            f"None or gradients of shape [B, *argument.shape], with argument shapes "
+            f"{[None if b is None else tuple(b) for b in shapes]}."
+        )
