@@ -177,8 +177,9 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         if not self._module.automatic_optimization:
             checks.check_undivided(others)
 
-        def run_step(data: Any) -> Any:
-            return Strategy.training_step(self, data, *rest, **kwargs)
+        def run_step(data: Any, batch_idx: int | None = None) -> Any:
+            others = rest if batch_idx is None else [batch_idx, *rest[1:]]
+            return Strategy.training_step(self, data, *others[: len(rest)], **kwargs)
 
         keeping = self._begin(run_step)
         for other in others:
@@ -223,12 +224,16 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         with self._stepping.paused():
             return super().optimizer_step(optimizer, private_closure, model, **kwargs)
 
-    def _begin(self, run_step: Callable[[Any], Any]) -> Keeping:
+    def _begin(self, run_step: Callable[..., Any]) -> Keeping:
         """Begin a logical batch; on the first one, and when other parameters are trained, observe the model."""
         checks.check_trainer(self._module.trainer)
         prepared = self._prepared
         if prepared is None or not prepared.holds_for(self._module):
-            prepared = prepare(self._module, self._run, lambda data: run_step(self._moved(data)), self._put)
+
+            def run_moved(data: Any, batch_idx: int | None = None) -> Any:
+                return run_step(self._moved(data), batch_idx)
+
+            prepared = prepare(self._module, self._run, run_moved, self._put)
             self._prepared, self._stepping = prepared, prepared.stepping
         self._stepping.begin_draw()
         return prepared.keeping

@@ -73,7 +73,7 @@ class Found:
 def prepare(
     module: pl.LightningModule,
     run: PrivateRun,
-    run_step: Callable[[Any], Any],
+    run_step: Callable[..., Any],
     put: Callable[[Stepping], Stepping],
 ) -> Prepared:
     """Look at a model's training step.
@@ -81,7 +81,7 @@ def prepare(
     Args:
         module: The user's module.
         run: Gives the samples, the settings, the mechanism and the budget.
-        run_step: Transfers a batch and runs the training step on it.
+        run_step: Transfers a batch and runs the training step on it, with another ``batch_idx`` if that is given.
         put: Puts a `Stepping` behind the hooks of the strategy, and returns the one that was there.
 
     Raises:

@@ -27,6 +27,9 @@ from lightning_dp.strategies.following import Following
 from lightning_dp.strategies.manual import Groups, PendingGradients
 from lightning_dp.strategies.stepping import Stepping
 
+_SOUGHT = 16
+"""The first batches of an epoch, in one of which every optimizer must step."""
+
 Gradients = Mapping[str, Tensor]
 
 
@@ -102,14 +105,15 @@ class ManualTrial(Trial):
 
     Args:
         module: The user's module.
-        run_step: Transfers a batch and runs the training step on it.
+        run_step: Transfers a batch and runs the training step on it, with a ``batch_idx``.
         put: Puts a `Stepping` behind the hooks of the strategy, and returns the one that was there.
     """
 
     def __init__(
-        self, module: pl.LightningModule, run_step: Callable[[Any], Any], put: Callable[[Stepping], Stepping]
+        self, module: pl.LightningModule, run_step: Callable[..., Any], put: Callable[[Stepping], Stepping]
     ) -> None:
         self._module, self._run_step, self._put = module, run_step, put
+        self._batch_idx = 0
         self.groups: Groups = {}
 
     def loss(self, batch: Any) -> Tensor | None:
@@ -134,6 +138,17 @@ class ManualTrial(Trial):
             for step in steps
             if step.optimizer in self.groups
         ]
+
+    def seek(self, batch: Any) -> None:
+        """Look for a ``batch_idx`` at which every optimizer steps: some do so in every n-th training step only.
+
+        It is the first of an epoch, not the present one: a fit may be resumed in the middle.
+        """
+        optimizers = set(self._module.trainer.optimizers)
+        for self._batch_idx in range(_SOUGHT):
+            if {step.optimizer for step in self.steps(batch)} == optimizers:
+                return
+        self._batch_idx = 0
 
     def steps(self, *batches: Any) -> list[Step]:
         """Return every optimizer's steps in training steps that follow each other."""
@@ -172,7 +187,7 @@ class ManualTrial(Trial):
                 raise PrivacyConfigurationError(
                     f"optimizer {k} ({type(optimizer).__name__}) made no step when the training step was observed "
                     "before the first batch, so it is not known whether its gradients depend on the training data. Let "
-                    "the training step for batch_idx=0 step every optimizer of self.optimizers()."
+                    f"one training step with batch_idx below {_SOUGHT} step every optimizer of self.optimizers()."
                 )
         depends = {step.optimizer for run in runs for step in run if step.depends}
         public = {o for o in optimizers if o not in depends and len(runs) > 1 and _all_equal(o, runs)}
@@ -184,7 +199,7 @@ class ManualTrial(Trial):
     def _run(self, stepping: Stepping, *batches: Any) -> None:
         with self._without_effect(stepping):
             for batch in batches:
-                self._run_step(batch)
+                self._run_step(batch, self._batch_idx)
 
     @contextmanager
     def _without_effect(self, stepping: Stepping) -> Iterator[None]:

@@ -507,3 +507,39 @@ def test_real_and_made_samples_in_random_order_have_no_gradients_of_their_own(of
 
     with pytest.raises(ldp.UnsupportedModelError, match="no sample has a gradient of its own|samples influence"):
         fit(Shuffled().double())
+
+
+class Rarely(GAN):
+    """A generator that steps in every fourth training step."""
+
+    def __init__(self, first, path=None):
+        super().__init__()
+        self.first, self.path, self.indices = first, path, []
+
+    def training_step(self, batch, batch_idx):
+        (real,) = batch
+        z, (g, d) = self.noise(real), self.optimizers()
+        self.step_of(d, lambda: self.discriminator_loss(real, z))
+        if batch_idx % 4 == self.first:
+            self.step_of(g, lambda: self.judged(self.generator(z), 1.0))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.indices.append((batch_idx, self.global_step))
+        if self.path is not None and batch_idx == 2:
+            self.trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_optimizers_that_do_not_step_every_time(first, tmp_path):
+    """Also where a fit is resumed at a batch in which one does not step."""
+    module = Rarely(first, tmp_path / "third.ckpt").double()
+    strategy = fit(module, real_samples(batch_size=2), noise_multiplier=1.0)
+    steps = sum(k % 4 == first for k in range(6))
+    assert module.indices[-1] == (5, 6 + steps)
+    assert strategy._run.mechanism.releases_per_draw == 1
+    assert strategy.num_releases == 6
+
+    resumed, again = Rarely(first).double(), ldp.DPStrategy(noise_multiplier=1.0)
+    trainer(again, max_epochs=1, max_steps=-1).fit(resumed, real_samples(batch_size=2), ckpt_path=module.path)
+    assert resumed.indices[0][0] in (2, 3)
+    assert again.num_releases >= 6
