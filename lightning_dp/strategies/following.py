@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_iter
@@ -34,6 +35,8 @@ class Following(TorchDispatchMode):
     Guarantee: what `depends` denies was computed by torch's operators from other things than the contents of samples.
     The shape of samples counts as none of it, nor do numbers that were read out of tensors (``item()``, ``numpy()``).
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +77,8 @@ class Following(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self._is_paused or not self._storages or func.overloadpacket.__name__ in _ONLY_SHAPE:
+        name = func.overloadpacket.__name__ if isinstance(func, OpOverload) else ""  # "": it takes a function
+        if self._is_paused or not self._storages or name in _ONLY_SHAPE:
             return result
         if any(isinstance(t, Tensor) and self.depends(t) for t in tree_iter((args, kwargs))):
             self._note_all(tree_iter((result, _written(func, args, kwargs))))
@@ -93,6 +97,8 @@ class Following(TorchDispatchMode):
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return the arguments that an operator writes to."""
+    if not isinstance(func, OpOverload):
+        return []
     declared = func._schema.arguments
     given = [*zip(declared, args, strict=False), *((a, kwargs[a.name]) for a in declared if a.name in kwargs)]
     return [value for a, value in given if a.name in _RUNNING or (a.alias_info is not None and a.alias_info.is_write)]
