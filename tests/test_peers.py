@@ -172,14 +172,28 @@ def test_a_parameter_first_used_in_a_later_step_is_not_dropped():
     class Later(Regression):
         def __init__(self):
             super().__init__()
-            self.extra = nn.Parameter(torch.ones(2))
+            self.extra, self.late = nn.Parameter(torch.ones(2)), False
 
         def training_step(self, batch, batch_idx):
             out = self.net(batch[0])
-            return F.mse_loss(out * self.extra if self.global_step else out, batch[1])
+            return F.mse_loss(out * self.extra if self.late or self.global_step else out, batch[1])
 
-    with pytest.raises(ldp.UnsupportedModelError, match="'extra' was not used when the model was observed"):
-        trainer().fit(Later(), loader())
+    module, data = Later().double(), whole()
+    x, y = data.dataset.tensors
+    gradients = []
+
+    class Reference(pl.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            module.late = trainer.global_step > 0
+            gradients.append(clipped_mean(module, lambda i: (x[i : i + 1], y[i : i + 1]), len(x)))
+            module.late = False
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            for name, p in module.named_parameters():
+                torch.testing.assert_close(p.grad, gradients[-1][name], rtol=1e-10, atol=1e-13)
+
+    trainer(ldp.DPStrategy(noise_multiplier=0.0), callbacks=[Reference()]).fit(module, data)
+    assert [float(g["extra"].norm()) > 0 for g in gradients] == [False, True, True]
 
 
 @pytest.mark.parametrize("n", [93, 99, 105, 117])

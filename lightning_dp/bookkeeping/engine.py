@@ -16,7 +16,7 @@ from lightning_dp.bookkeeping.base import Keeping
 from lightning_dp.bookkeeping.book import Book
 from lightning_dp.bookkeeping.interception import Handler, intercepting, swapped, unswapped, without_interception
 from lightning_dp.bookkeeping.layout import Layouts
-from lightning_dp.bookkeeping.observation import Forward, observe
+from lightning_dp.bookkeeping.observation import Forward, add, observe
 from lightning_dp.bookkeeping.recorder import Recorder
 from lightning_dp.bookkeeping.refusals import escaped
 from lightning_dp.errors import UnsupportedModelError
@@ -57,6 +57,10 @@ class BookKeeping(Keeping):
             varied: Whether ``a`` and ``b`` differ.
         """
         self._layouts = observe(self._names, self._swap, forward, varied)
+
+    def learn_from(self, other: BookKeeping) -> None:
+        """Add what another book-keeping of the same parameters observed and this one did not."""
+        add(self._layouts, other._layouts)
 
     @contextmanager
     def recording(self, num_samples: int | None = None) -> Iterator[None]:

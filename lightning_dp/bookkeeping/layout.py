@@ -103,6 +103,11 @@ class Layouts:
         self._unanimous.clear()
         return added
 
+    @property
+    def names(self) -> set[str]:
+        """The parameters that were seen in any function."""
+        return {name for key in self._uses for name in names_in(key)}
+
     def find(self, key: Key, occurrence: int, recomputed: bool = False) -> Layout | None:
         """Return the layout of an occurrence, or ``None`` if the function was never observed.
 

@@ -48,6 +48,9 @@ Moved = tuple[Tensor, Tensor]
 _QUIET_ROUNDS = 3
 """How many rounds must show no new function before no more are expected."""
 
+_SEARCHING_ROUNDS = 12
+"""The same while a trained parameter was not seen at all: it may be in a layer that is dropped at random."""
+
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 """Relative change of a row's contents that may be rounding: equal shapes run equal kernels, so it is hardly any."""
 
@@ -125,12 +128,18 @@ def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool
                 if failures == _QUIET_ROUNDS:
                     raise UnsupportedModelError(_DEPENDS_ON_BATCH.format(event)) from None
                 continue
-            quiet_rounds = 0 if layouts.extend(found, _COUPLED) else quiet_rounds + 1
-            if not random or quiet_rounds == _QUIET_ROUNDS:
+            quiet_rounds = 0 if add(layouts, found) else quiet_rounds + 1
+            expected = _QUIET_ROUNDS if set(names.values()) <= layouts.names else _SEARCHING_ROUNDS
+            if not random or quiet_rounds == expected:
                 break
     finally:
         original.restore()
     return layouts
+
+
+def add(layouts: Layouts, found: Layouts) -> bool:
+    """Add what another round saw; return whether there was anything new. A round that finds coupling decides."""
+    return layouts.extend(found, _COUPLED)
 
 
 def _observe(

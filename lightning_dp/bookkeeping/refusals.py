@@ -39,11 +39,16 @@ def refusal(key: Key, layout: Layout) -> Callable[..., None]:
     return record
 
 
-def unobserved(key: Key) -> UnsupportedModelError:
+class NotObserved(UnsupportedModelError):
+    """A function ran that no observation has seen: another look at the same training step may see it."""
+
+
+def unobserved(key: Key) -> NotObserved:
     """Return the error for a function that no observation has seen."""
-    return UnsupportedModelError(
+    return NotObserved(
         f"'{key[0]}' of {describe(key)} was not used when the model was observed, so it is not known where the samples "
-        "lie in it. Make sure that every branch of the training step runs for the first samples of the dataset. What "
+        "lie in it; nor was it when the training step was observed again for a few samples. Let branches of the "
+        "training step depend on the step, not on the samples. What "
         f"torch.vmap, torch.func.jvp and the like run cannot be observed: write it for a batch, or use {_LOOP} instead."
     )
 

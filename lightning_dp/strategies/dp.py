@@ -21,11 +21,11 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dp.bookkeeping import Keeping
+from lightning_dp.bookkeeping import BookKeeping, Keeping, NotObserved
 from lightning_dp.data import PhysicalBatch
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.strategies import checks
-from lightning_dp.strategies.preparing import Prepared, prepare
+from lightning_dp.strategies.preparing import Prepared, look_again, prepare
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.status import PrivacyStatus
@@ -178,8 +178,8 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
             checks.check_undivided(others)
 
         def run_step(data: Any, batch_idx: int | None = None) -> Any:
-            others = rest if batch_idx is None else [batch_idx, *rest[1:]]
-            return Strategy.training_step(self, data, *others[: len(rest)], **kwargs)
+            arguments = rest if batch_idx is None else [batch_idx, *rest[1:]]
+            return Strategy.training_step(self, data, *arguments[: len(rest)], **kwargs)
 
         keeping = self._begin(run_step)
         for other in others:
@@ -229,16 +229,22 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         checks.check_trainer(self._module.trainer)
         prepared = self._prepared
         if prepared is None or not prepared.holds_for(self._module):
-
-            def run_moved(data: Any, batch_idx: int | None = None) -> Any:
-                return run_step(self._moved(data), batch_idx)
-
-            prepared = prepare(self._module, self._run, run_moved, self._put)
+            prepared = prepare(self._module, self._run, self._with_transfer(run_step), self._put)
             self._prepared, self._stepping = prepared, prepared.stepping
         self._stepping.begin_draw()
         return prepared.keeping
 
-    def _forward(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[[Any], Any]) -> Any:
+    def _forward(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
+        """Run the training step on a physical batch; if it takes a branch that no step before took, look at that."""
+        try:
+            return self._recorded(keeping, batch, run_step)
+        except NotObserved:
+            if not self._module.automatic_optimization or not isinstance(keeping, BookKeeping):
+                raise  # optimizers may have stepped already
+            look_again(self._module, self._run, self._with_transfer(run_step), self._put, keeping)
+            return self._recorded(keeping, batch, run_step)
+
+    def _recorded(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
         self._stepping.begin(batch.num_real)
         results = self._module.trainer._results
         if results is not None:  # what Lightning does for the batches it fetches itself
@@ -248,6 +254,9 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
                 return run_step(batch.data)
         finally:
             self._stepping.end()
+
+    def _with_transfer(self, run_step: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda data, batch_idx=None: run_step(self._moved(data), batch_idx)
 
     def _put(self, stepping: Stepping) -> Stepping:
         """Put another stepping behind the hooks, and return the one before."""

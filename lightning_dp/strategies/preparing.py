@@ -96,6 +96,31 @@ def prepare(
     return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.budget), frozenset())
 
 
+def look_again(
+    module: pl.LightningModule,
+    run: PrivateRun,
+    run_step: Callable[..., Any],
+    put: Callable[[Stepping], Stepping],
+    keeping: BookKeeping,
+) -> None:
+    """Look at a training step once more, for functions that no earlier step ran.
+
+    Args:
+        module: The user's module.
+        run: Gives the samples and the settings.
+        run_step: Transfers a batch and runs the training step on it.
+        put: Puts a `Stepping` behind the hooks of the strategy, and returns the one that was there.
+        keeping: Is to know these functions, too.
+
+    Raises:
+        PrivacyError: If the training step, as it is now, cannot be trained privately.
+    """
+    found = find(module, run, run_step, put)
+    again = BookKeeping(found.trained, found.others)
+    found.observer.observe(again, found.trained, check=run.settings.self_check)
+    keeping.learn_from(again)
+
+
 def find(
     module: pl.LightningModule,
     run: PrivateRun,

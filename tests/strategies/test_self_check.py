@@ -383,6 +383,48 @@ def test_layers_dropped_at_random_are_all_observed():
     assert dp.num_releases == 30
 
 
+def test_every_layer_is_found_although_half_of_them_are_dropped():
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.last = nn.ModuleList(nn.Linear(3, 3) for _ in range(8)), nn.Linear(3, 2)
+
+        def forward(self, x):
+            for layer in self.layers:
+                if torch.rand([]) > 0.5:
+                    x = x + layer(x).tanh()
+            return self.last(x)
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        dp = ldp.DPStrategy(noise_multiplier=1.0, max_physical_batch_size=2)
+        trainer(dp, max_steps=10).fit(Regression(Dropped(), lr=0.01), loader())
+        assert dp.num_releases == 10
+
+
+def test_a_branch_of_a_later_step_is_checked_too():
+    class Branches(Regression):
+        def __init__(self, coupled):
+            super().__init__()
+            self.other, self.coupled = nn.Linear(3, 2), coupled
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step < 2:
+                return super().training_step(batch, batch_idx)
+            out = self.other(batch[0])
+            return F.mse_loss(out - out.mean(0) if self.coupled else out, batch[1])
+
+    assert fit_steps(Branches(False), 4).num_releases == 4
+    with pytest.raises(UNSUPPORTED, match=r"\(c\).*samples influence each other"):
+        fit_steps(Branches(True), 4)
+
+
+def fit_steps(module, steps):
+    dp = ldp.DPStrategy(noise_multiplier=1.0, max_physical_batch_size=2)
+    trainer(dp, max_steps=steps).fit(module, loader())
+    return dp
+
+
 def test_it_can_be_switched_off():
     class Contrastive(Regression):
         def training_step(self, batch, batch_idx):
