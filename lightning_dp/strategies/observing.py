@@ -6,8 +6,9 @@ Owns: the samples that are looked at. Does not own: how a step is tried (``trial
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -21,9 +22,11 @@ from lightning_dp.bookkeeping.interception import uncompiled
 from lightning_dp.data import PoissonLoader
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.strategies.trials import ManualTrial, Trial
-from lightning_dp.strategies.undisturbed import evaluating, undisturbed
+from lightning_dp.strategies.undisturbed import evaluating, same_attributes, undisturbed
 
 _LETTERS = "abcd"
+
+T = TypeVar("T")
 
 
 class Observer:
@@ -85,8 +88,8 @@ class Observer:
         subject = Subject(
             state={name: named[name] for name in (*held, *self._written)},
             batch=self.batch,
-            books=lambda batch, num_samples: self._trial.books(keeping, batch, num_samples),
-            gradients=lambda batch: self._trial.gradients(trained, batch),
+            books=lambda batch, num_samples: self._alike(lambda: self._trial.books(keeping, batch, num_samples)),
+            gradients=lambda batch: self._alike(lambda: self._trial.gradients(trained, batch)),
             evaluating=lambda: evaluating(self._module),
             mean_loss=self._mean_loss,
             others="".join(self._index)[:0:-1],
@@ -131,7 +134,7 @@ class Observer:
     def _initialize(self) -> None:
         """Let lazy modules initialise their parameters, which depends on shapes alone."""
         if any(is_lazy(p) for p in self._module.parameters()):
-            with uncompiled(), undisturbed(self._module):
+            with uncompiled(), undisturbed(self._module, attributes=False):  # sizes that are found are kept
                 self._trial.loss(self._loader.batch_of([0, 0]))
 
     def _check_order(self) -> None:
@@ -158,6 +161,11 @@ class Observer:
             loss = self._trial.loss(self.batch(samples))
         self._written |= written.names
         return loss
+
+    def _alike(self, run: Callable[[], T]) -> T:
+        """Run a pass that begins with the same attributes as the one before."""
+        with same_attributes(self._module):
+            return run()
 
     def batch(self, samples: str) -> Any:
         """Return a batch of the chosen samples that a string names: ``"aab"`` is ``[a, a, b]``."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,8 +22,12 @@ from lightning_dp.strategies.written import Written
 
 
 @contextmanager
-def undisturbed(module: pl.LightningModule) -> Iterator[Written]:
-    """Put back afterwards: parameters, buffers, metrics, random numbers; inside, ``log`` goes nowhere.
+def undisturbed(module: pl.LightningModule, *, attributes: bool = True) -> Iterator[Written]:
+    """Put back afterwards: parameters, buffers, plain attributes, metrics, random numbers; inside, ``log`` is silent.
+
+    Args:
+        module: The user's module.
+        attributes: Whether to put back attributes, too.
 
     Yields:
         What tells, afterwards, which parameters were written.
@@ -30,6 +36,8 @@ def undisturbed(module: pl.LightningModule) -> Iterator[Written]:
     with ExitStack() as stack:
         stack.callback(written.undo)
         stack.enter_context(_same_but_for_parameters(module))
+        if attributes:
+            stack.enter_context(same_attributes(module))
         with written:
             yield written
 
@@ -39,7 +47,7 @@ def undisturbed_at_full_speed(module: pl.LightningModule) -> Iterator[None]:
     """Put back the same, for measuring: every parameter is copied beforehand, so that no operator is looked at."""
     copies = [(p, p.data, p.detach().clone()) for p in module.parameters()]
     try:
-        with _same_but_for_parameters(module):
+        with _same_but_for_parameters(module), same_attributes(module):
             yield
     finally:
         for p, data, value in copies:
@@ -98,6 +106,36 @@ def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for name, value in owner._buffers.items():
             if value is not None:
                 yield owner, name, value
+
+
+_PLAIN = (bool, int, float, str, type(None), list, dict, set, deque)
+
+
+@contextmanager
+def same_attributes(module: nn.Module) -> Iterator[None]:
+    """Put back numbers, flags and containers that modules keep as public attributes: counters, buffers of replay."""
+    before = [(m, {name: (value, copy.copy(value)) for name, value in _plain(m)}) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes in before:
+            for name in [name for name, _ in _plain(m) if name not in attributes]:
+                del vars(m)[name]
+            for name, (value, contents) in attributes.items():
+                vars(m)[name] = _refilled(value, contents)
+
+
+def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    if not isinstance(module, Metric):
+        yield from ((n, v) for n, v in vars(module).items() if not n.startswith("_") and type(v) in _PLAIN)
+
+
+def _refilled(value: Any, contents: Any) -> Any:
+    """Return the very object that an attribute held, with what it contained."""
+    if isinstance(value, list | set | dict | deque):
+        value.clear()
+        value.extend(contents) if isinstance(value, list | deque) else value.update(contents)
+    return value
 
 
 @contextmanager

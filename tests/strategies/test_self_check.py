@@ -351,6 +351,28 @@ def test_an_average_of_the_data_in_a_parameter():
         fit(Teacher(), self_check=False)
 
 
+def test_counters_flags_and_lists_are_as_they_were():
+    class Remembers(Regression):
+        def __init__(self):
+            super().__init__()
+            self.steps, self.ready, self.seen = 0, False, []
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            if not self.ready:
+                self.ready = self.scale = True
+            self.seen.append(len(batch[0]))
+            del self.seen[3:]
+            return super().training_step(batch, batch_idx) * (1 + len(self.seen))
+
+    module = Remembers()
+    seen = module.seen
+    fit(module, loader(batch_size=20))
+    assert module.steps == 2
+    assert module.seen is seen
+    assert seen == [20, 20]
+
+
 def test_a_step_without_a_loss():
     class Nothing(Regression):
         def training_step(self, batch, batch_idx):
