@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping.axes import SampleAxis, find_axis
-from lightning_dp.bookkeeping.observation import Digest, changed, digest, orders_of
+from lightning_dp.bookkeeping.contents import Digest, changed, digest, orders_of
 from lightning_dp.bookkeeping.operators import OperatorMode
 from lightning_dp.bookkeeping.source import calling_line
 

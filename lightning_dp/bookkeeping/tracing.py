@@ -1,12 +1,11 @@
-"""Seeing every function that a trained parameter has an influence on, and concluding from shapes how it uses samples.
+"""Seeing every function that a trained parameter has an influence on.
 
-Owns: the tracing pass and the conclusion from two of them. Does not own: which batches are traced, or the comparison of
-contents (``observation``).
+Owns: the tracing pass. Does not own: which batches are traced (``observation``), or what shapes (``conclusions``) and
+contents (``contents``) tell.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_dp.bookkeeping.axes import SampleAxis, find_axis
+from lightning_dp.bookkeeping.axes import SampleAxis
+from lightning_dp.bookkeeping.conclusions import Event, conclude, ints, look
 from lightning_dp.bookkeeping.interception import (
     flat,
     float_outputs,
@@ -27,7 +27,7 @@ from lightning_dp.bookkeeping.interception import (
     with_float_outputs,
     without_interception,
 )
-from lightning_dp.bookkeeping.layout import REPEATING, Key, Kind, Layout, key_of
+from lightning_dp.bookkeeping.layout import Key, Kind, Layout, key_of
 from lightning_dp.bookkeeping.packing import Packing, packing_of, without_dropout
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.bookkeeping.rules.embedding import check_table
@@ -35,26 +35,6 @@ from lightning_dp.bookkeeping.rules.registered import is_registered
 from lightning_dp.bookkeeping.source import calling_line
 from lightning_dp.errors import UnsupportedModelError
 
-Shape = tuple[int, ...]
-
-_MAX_INTEGERS = 4096
-
-_SUMS = {"add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "add_", "__iadd__", "sub_", "__isub__"}
-
-_DOES_NOT_SCALE = (
-    "its tensors do not scale with the number of samples ({}). Samples must not be compared with, added to or counted "
-    "among each other where a trained parameter is used, and rows not be chosen by content, as by an expert's router "
-    "(in transformers: experts_implementation='batched_mm')."
-)
-_REDUCED = (
-    "it is applied to something already reduced over the batch, so the part of each sample cannot be told apart. Apply "
-    "the parameter to every sample's own value and reduce afterwards."
-)
-_COUNTS = (
-    "one of its arguments holds integers that count samples, as for packed sequences or experts, so it is not "
-    "known which rows belong to which sample. Pad the sequences instead of packing them; give every token the weights "
-    "of its expert instead of sorting tokens by expert (in transformers: experts_implementation='batched_mm')."
-)
 _REDUCED_AND_USED = (
     "'{}' uses, for single samples, a sum of a trained parameter and something already reduced over the batch, so that "
     "every sample changes what is computed for all others. Reduce over the batch last."
@@ -75,25 +55,6 @@ class Reduced(Activation):
 
 Mark = Activation | Key | str | None
 """Marks a tensor; else the identity of a parameter or a function of parameters, ``None`` for a constant."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a traced function looked like.
-
-    Args:
-        name: Its name.
-        leaves: The shapes (or values) of its leaves.
-        outputs: The shapes of its outputs.
-        integers: The contents of small integer tensors among the leaves.
-        packing: The order of packed sequences, if a recurrent layer is given some.
-    """
-
-    name: str
-    leaves: tuple[Shape | int | None, ...]
-    outputs: tuple[Shape, ...]
-    integers: tuple[tuple[int, ...] | None, ...] = ()
-    packing: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +172,7 @@ class Tracer:
     ) -> Mark:
         """Note an event; return the mark of its outputs."""
         shapes = tuple(tuple(t.shape) for t in outputs)
-        event = Event(name, tuple(map(_look, leaves)), shapes, tuple(map(_ints, leaves)), packing)
+        event = Event(name, tuple(map(look, leaves)), shapes, tuple(map(ints, leaves)), packing)
         at = len(self.events)
         self.events.append(event)
         if self._before is None:
@@ -266,66 +227,5 @@ class Tracer:
         return Activation() if isinstance(leaf, Tensor) and leaf.requires_grad else None
 
 
-def conclude(two: Event, three: Event, on_activations: bool) -> Layout:
-    """Conclude from the shapes with two and with three samples how one function depends on the batch."""
-    if two.packing is not None and three.packing is not None:
-        return _packed(two.packing, three.packing, three)
-    try:
-        outputs = tuple(map(_axis, two.outputs, three.outputs))
-        if len(two.leaves) != len(three.leaves):
-            return _repeated(three, outputs, on_activations)
-        axes = tuple(map(_axis, two.leaves, three.leaves))
-    except ValueError as problem:
-        return Layout(Kind.REFUSED, reason=_DOES_NOT_SCALE.format(problem))
-    if any(m != n and axis is None for m, n, axis in zip(two.integers, three.integers, axes, strict=True)):
-        return Layout(Kind.REFUSED, axes, outputs, reason=_COUNTS)
-    counts_samples = any(isinstance(n, int) and n != m for n, m in zip(two.leaves, three.leaves, strict=True))
-    if any(axis is not None for axis in outputs):
-        return Layout(Kind.PER_SAMPLE, axes, outputs, sliceable=not counts_samples and not is_in_place(two.name))
-    carries_samples = any(axis is not None for axis in axes)
-    if not carries_samples and not on_activations:
-        return Layout(Kind.DERIVED, axes, outputs)
-    if not carries_samples and two.name in _SUMS and all(math.prod(shape) == 1 for shape in three.outputs):
-        return Layout(Kind.SHARED, axes, outputs)
-    return Layout(Kind.REFUSED, axes, outputs, reason=_REDUCED)
-
-
-def _packed(two: Packing, three: Packing, event: Event) -> Layout:
-    """Conclude for a recurrent layer: packed data has its rows on axis 0, states have the sequences on axis 1."""
-    problem = two.problem(2) or three.problem(3)
-    if problem:
-        return Layout(Kind.REFUSED, reason=problem)
-    data, states = SampleAxis(0, 1), SampleAxis(1, 1)
-    num_states = len(event.outputs) - 1
-    leaves = (data, None, *[states] * num_states, *[None] * (len(event.leaves) - 2 - num_states))
-    return Layout(Kind.PER_SAMPLE, leaves, (data, *[states] * num_states), packed=True)
-
-
-def _repeated(three: Event, outputs: tuple[SampleAxis | None, ...], on_activations: bool) -> Layout:
-    """Conclude for a function with one argument for each sample, ``torch.stack([p] * B)``."""
-    one_per_sample = any(axis is not None and axis.rows == 1 for axis in outputs)
-    if three.name in REPEATING and not on_activations and one_per_sample:
-        return Layout(Kind.PER_SAMPLE, (), outputs, sliceable=False)
-    return Layout(Kind.REFUSED, reason=_DOES_NOT_SCALE.format(f"{len(three.leaves)} arguments with three"))
-
-
 def _has_graph(t: Any) -> bool:
     return isinstance(t, Tensor) and t.requires_grad
-
-
-def _look(leaf: Any) -> Shape | int | None:
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape)
-    if isinstance(leaf, slice):
-        return hash((leaf.start, leaf.stop, leaf.step)) if leaf != slice(None) else None
-    return leaf if isinstance(leaf, int) else None
-
-
-def _ints(leaf: Any) -> tuple[int, ...] | None:
-    if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex() or leaf.numel() > _MAX_INTEGERS:
-        return None
-    return tuple(leaf.detach().flatten().tolist())
-
-
-def _axis(two: Shape | int | None, three: Shape | int | None) -> SampleAxis | None:
-    return find_axis(two, three) if isinstance(two, tuple) and isinstance(three, tuple) else None
