@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
 from lightning_dp.strategies import checks
-from lightning_dp.strategies.manual import Groups, ManualStepping
+from lightning_dp.strategies.manual import ManualStepping
 from lightning_dp.strategies.observing import Observer
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.stepping import AutomaticStepping, Stepping
@@ -92,7 +92,7 @@ def prepare(
     keeping = (LoopKeeping if loops else BookKeeping)(found.trained, found.others)
     found.observer.observe(keeping, found.trained, check=run.settings.self_check)
     if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
-        return _prepare_manual(module, run, keeping, found, found.trial.groups)
+        return _prepare_manual(module, run, keeping, found, found.trial)
     return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.budget), frozenset())
 
 
@@ -147,14 +147,14 @@ def find(
 
 
 def _prepare_manual(
-    module: pl.LightningModule, run: PrivateRun, keeping: BookKeeping, found: Found, groups: Groups
+    module: pl.LightningModule, run: PrivateRun, keeping: BookKeeping, found: Found, trial: ManualTrial
 ) -> Prepared:
     releases = max(1, sum(optimizer not in found.public for optimizer in found.steps))
     world_size = module.trainer.world_size
-    run.settle(module.trainer, world_size, releases_per_draw=releases, steps_per_draw=len(found.steps))
+    run.settle(module.trainer, world_size, releases_per_draw=releases, steps_per_draw=trial.fewest_steps)
     _announce(module.trainer.optimizers, found.public)
     public = checks.named_groups(module, found.public)
-    stepping = ManualStepping(keeping, run.private_step(found.trained), run.budget, groups, releases, public)
+    stepping = ManualStepping(keeping, run.private_step(found.trained), run.budget, trial.groups, releases, public)
     return Prepared(keeping, stepping, found.public)
 
 

@@ -107,6 +107,10 @@ class ManualTrial(Trial):
         module: The user's module.
         run_step: Transfers a batch and runs the training step on it, with a ``batch_idx``.
         put: Puts a `Stepping` behind the hooks of the strategy, and returns the one that was there.
+
+    Attributes:
+        groups: The private optimizers, once they are known.
+        fewest_steps: The fewest steps of optimizers that were seen in a training step; 0 before any was.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class ManualTrial(Trial):
         self._module, self._run_step, self._put = module, run_step, put
         self._batch_idx = 0
         self.groups: Groups = {}
+        self.fewest_steps = 0
 
     def loss(self, batch: Any) -> Tensor | None:
         """Return the sum of all losses that a backward pass was asked for."""
@@ -142,13 +147,17 @@ class ManualTrial(Trial):
     def seek(self, batch: Any) -> None:
         """Look for a ``batch_idx`` at which every optimizer steps: some do so in every n-th training step only.
 
-        It is the first of an epoch, not the present one: a fit may be resumed in the middle.
+        It is the first of an epoch, not the present one: a fit may be resumed in the middle. The next training step
+        tells whether there are others with fewer steps.
         """
         optimizers = set(self._module.trainer.optimizers)
-        for self._batch_idx in range(_SOUGHT):
+        for found in range(_SOUGHT):
+            self._batch_idx = found
             if {step.optimizer for step in self.steps(batch)} == optimizers:
-                return
-        self._batch_idx = 0
+                self._batch_idx = found + 1
+                self.fewest_steps = max(1, len(self.steps(batch)))
+                break
+        self._batch_idx = found if self.fewest_steps else 0
 
     def steps(self, *batches: Any) -> list[Step]:
         """Return every optimizer's steps in training steps that follow each other."""

@@ -543,3 +543,21 @@ def test_optimizers_that_do_not_step_every_time(first, tmp_path):
     trainer(again, max_epochs=1, max_steps=-1).fit(resumed, real_samples(batch_size=2), ckpt_path=module.path)
     assert resumed.indices[0][0] in (2, 3)
     assert again.num_releases >= 6
+
+
+def test_a_generator_that_steps_now_and_then_does_not_end_the_budget_early():
+    """``max_steps`` counts the steps of all optimizers, and how many there are in a training step may change."""
+
+    class Rare(Seeded):
+        def training_step(self, batch, batch_idx):
+            z, (g, d) = self.noise(batch[0]), self.optimizers()
+            self.step_of(d, lambda: self.discriminator_loss(batch[0], z))
+            if batch_idx % 5 == 0:
+                self.step_of(g, lambda: self.judged(self.generator(z), 1.0))
+
+    strategy = ldp.DPStrategy(target_epsilon=3.0)
+    fit = trainer(strategy, max_steps=24)
+    fit.fit(Rare().double(), real_samples(batch_size=2))
+    assert fit.global_step == 24
+    assert strategy.num_releases == 18  # three epochs of six batches, in each of which the generator steps twice
+    assert 2.3 < strategy.epsilon <= 3.0
