@@ -25,6 +25,12 @@ def key_of(name: str, identities: Iterable[Hashable]) -> Key:
     return name, tuple(dict.fromkeys(found)) if name in REPEATING else found
 
 
+_IN_TWO_WAYS = (
+    "training steps use it in different ways: its samples lie along another axis, or in another order, than in a step "
+    "that was observed before, and a step does not tell which way it takes. Use it in one way."
+)
+
+
 class Kind(Enum):
     """How the outputs of a function depend on the batch."""
 
@@ -59,6 +65,11 @@ class Layout:
     reason: str = ""
     where: str = field(default="", compare=False)
 
+    def places(self) -> Hashable:
+        """Return where the samples lie, whatever the number of rows."""
+        axes = (*self.leaves, *self.outputs)
+        return self.kind, self.packed, tuple(axis and (axis.dim, axis.rows == 1, axis.together) for axis in axes)
+
 
 @dataclass
 class _Uses:
@@ -66,6 +77,14 @@ class _Uses:
 
     with_gradient: list[Layout] = field(default_factory=list)
     without: list[Layout] = field(default_factory=list)
+
+    def all(self) -> list[Layout]:
+        """Return those that a pass goes by."""
+        return self.with_gradient or self.without
+
+    def places(self) -> set[Hashable]:
+        """Return where the samples lie in each; nothing for refused ones. Rows that may change do not matter."""
+        return {layout.places() for layout in self.all() if layout.kind is not Kind.REFUSED}
 
 
 @dataclass
@@ -99,6 +118,11 @@ class Layouts:
             if key not in self._uses or any(layout.reason == decisive for layout in uses.with_gradient)
         }
         added = not new.keys() <= self._uses.keys()
+        for key in other._uses.keys() & self._uses.keys() - new.keys():
+            mine, its = self._uses[key], other._uses[key]
+            if mine.places() and its.places() and mine.places() != its.places():
+                refused = Layout(Kind.REFUSED, reason=_IN_TWO_WAYS, where=its.all()[0].where)
+                self._uses[key] = _Uses([refused], [refused])
         self._uses |= new
         self._unanimous.clear()
         return added

@@ -249,7 +249,8 @@ def _merged(releases: Sequence[Gradients]) -> dict[str, Tensor]:
     """Return what several releases are made of as one, with a number where they share a parameter."""
     merged: dict[str, Tensor] = {}
     for k, gradients in enumerate(releases):
-        merged |= {f"{name} (release {k + 1})" if name in merged else name: g for name, g in gradients.items()}
+        # By its number alone: a book leaves out parameters that it has no gradient of, and autograd's has zeros there.
+        merged |= {f"{name} (release {k + 1})" if k else name: g for name, g in gradients.items()}
     return merged
 
 

@@ -30,6 +30,7 @@ from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.status import PrivacyStatus
 from lightning_dp.strategies.stepping import Stepping, Unprepared
+from lightning_dp.strategies.undisturbed import Attempt
 
 Rehearsal = Callable[[PrivateRun, Callable[[Any], Any], Callable[..., Any], Callable[[Stepping], Stepping]], None]
 """``rehearsal(run, moved, step, put)``: ``step(moved(batch), batch_idx)`` runs the training step on a batch, behind the
@@ -236,13 +237,16 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
 
     def _forward(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
         """Run the training step on a physical batch; if it takes a branch that no step before took, look at that."""
+        if not self._module.automatic_optimization or not isinstance(keeping, BookKeeping):
+            return self._recorded(keeping, batch, run_step)  # optimizers may have stepped before a refusal
+        attempt = Attempt(self._module)
         try:
             return self._recorded(keeping, batch, run_step)
         except NotObserved:
-            if not self._module.automatic_optimization or not isinstance(keeping, BookKeeping):
-                raise  # optimizers may have stepped already
-            look_again(self._module, self._run, self._with_transfer(run_step), self._put, keeping)
-            return self._recorded(keeping, batch, run_step)
+            keeping.abandon()
+            attempt.undo()
+        look_again(self._module, self._run, self._with_transfer(run_step), self._put, keeping)
+        return self._recorded(keeping, batch, run_step)
 
     def _recorded(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
         self._stepping.begin(batch.num_real)

@@ -143,7 +143,7 @@ class PrivateRun:
     def _smallest_delta(self, num_examples: int) -> float:
         """Return delta; a default one only shrinks, since it must suit every dataset that was released from."""
         delta = self.settings.delta(num_examples)
-        return min(delta, self._budget.delta) if self._budget else delta
+        return min(delta, self._budget.delta) if self._budget and self.ledger.num_releases else delta
 
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
         """Return the buffers for these parameters."""

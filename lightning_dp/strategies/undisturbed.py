@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_dp.bookkeeping.random_state import RandomState
+from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.strategies.written import Written
 
 
@@ -114,15 +116,67 @@ _PLAIN = (bool, int, float, str, type(None), list, dict, set, deque)
 @contextmanager
 def same_attributes(module: nn.Module) -> Iterator[None]:
     """Put back numbers, flags and containers that modules keep as public attributes: counters, buffers of replay."""
-    before = [(m, {name: (value, copy.copy(value)) for name, value in _plain(m)}) for m in module.modules()]
+    attributes = Attributes(module)
     try:
         yield
     finally:
-        for m, attributes in before:
-            for name in [name for name, _ in _plain(m) if name not in attributes]:
+        attributes.put_back()
+
+
+class Attributes:
+    """The public attributes of all modules as they are now, with the contents of those that are plain containers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._held = [
+            (m, _public(m), {name: copy.copy(value) for name, value in _plain(m)})
+            for m in module.modules()
+            if not isinstance(m, Metric)
+        ]
+
+    def put_back(self) -> None:
+        """Give every module its attributes back; of those that are new only what is plain is taken away."""
+        for m, held, contents in self._held:
+            for name in [name for name, _ in _plain(m) if name not in held]:
                 del vars(m)[name]
-            for name, (value, contents) in attributes.items():
-                vars(m)[name] = _refilled(value, contents)
+            for name, value in held.items():
+                vars(m)[name] = _refilled(value, contents[name]) if name in contents else value
+
+
+def _public(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
+
+
+class Attempt:
+    """What a training step began with that breaks off, so that it can be run once more.
+
+    Args:
+        module: The user's module.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._module, self._attributes, self._versions = module, Attributes(module), _versions(module)
+        self._random = RandomState.of_all()
+
+    def undo(self) -> None:
+        """Put back attributes and random numbers.
+
+        Raises:
+            UnsupportedModelError: If more was written, which would be written twice.
+        """
+        self._random.restore()
+        self._attributes.put_back()
+        if _versions(self._module) != self._versions:
+            raise UnsupportedModelError(
+                "a training step took a branch that no step before it took, after it had written into buffers, "
+                "parameters or metrics, so that it cannot be run again. Let every branch run in the first training "
+                "step of the fit, or write these at the end of the step."
+            )
+
+
+def _versions(module: nn.Module) -> list[Any]:
+    tensors = [*module.parameters(), *module.buffers()]
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    return [(id(t), t._version) for t in tensors] + [m._update_count for m in metrics]
 
 
 def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -34,21 +34,24 @@ class Written(OperatorMode):
         self._parameters = {name: p for name, p in parameters.items() if not is_lazy(p)}
         self._data = {name: p.data for name, p in self._parameters.items()}
         self._copies: dict[str, Tensor] = {}
-        self._at = {_address(p): name for name, p in self._parameters.items() if p.numel()}
+        self._at: dict[int, list[str]] = {}  # several lie in one memory: flattened weights of recurrent layers
+        for name, p in self._parameters.items():
+            if p.numel():
+                self._at.setdefault(_address(p), []).append(name)
 
     def operator(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy what an operator is about to write."""
         if func._schema.is_mutable:
             for t in _written_by(func, args, kwargs):
-                name = self._at.get(_address(t))
-                if name is not None and name not in self._copies:
-                    self._copies[name] = self._data[name].clone()
+                for name in self._at.get(_address(t), ()):
+                    if name not in self._copies:
+                        self._copies[name] = self._data[name].clone()
         return func(*args, **kwargs)
 
     def undo(self) -> None:
         """Give the parameters back what they held."""
         for name, p in self._parameters.items():
-            if p.data.data_ptr() != self._data[name].data_ptr():  # ``p.data = ...``
+            if _place(p) != _place(self._data[name]):  # ``p.data = ...``
                 p.data = self._data[name]
                 self.names.add(name)
         with torch.no_grad():
@@ -63,6 +66,10 @@ def _written_by(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[k] if k < len(args) else kwargs.get(argument.name)
             yield from (t for t in tree_flatten(value)[0] if isinstance(t, Tensor))
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
 def _address(t: Tensor) -> int:

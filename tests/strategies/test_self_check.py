@@ -437,8 +437,75 @@ def test_a_branch_of_a_later_step_is_checked_too():
             return F.mse_loss(out - out.mean(0) if self.coupled else out, batch[1])
 
     assert fit_steps(Branches(False), 4).num_releases == 4
-    with pytest.raises(UNSUPPORTED, match=r"\(c\).*samples influence each other"):
+    with pytest.raises(UNSUPPORTED, match=r"\(c\).*the gradient of a sample"):
         fit_steps(Branches(True), 4)
+
+
+def test_a_step_that_is_run_again_begins_where_it_began():
+    class Counts(Regression):
+        def __init__(self):
+            super().__init__(nn.Linear(3, 2).double())
+            self.other, self.calls, self.took = nn.Linear(3, 2).double(), 0, []
+
+        def training_step(self, batch, batch_idx):
+            self.calls += 1
+            out = self.net(batch[0])
+            if self.calls % 4 == 0:
+                self.took.append(self.calls)
+                out = out + self.other(batch[0])
+            return F.mse_loss(out, batch[1])
+
+    module = Counts()
+    trainer(ldp.DPStrategy(noise_multiplier=0), max_steps=9).fit(module, loader(dtype=torch.float64, batch_size=20))
+    assert module.calls == 9
+    assert module.took == [4, 8]
+
+
+def test_a_late_branch_after_a_write_into_a_buffer():
+    class Writes(Regression):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(3, 2)
+            self.register_buffer("steps", torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            return F.mse_loss((self.other if self.global_step else self.net)(batch[0]), batch[1])
+
+    with pytest.raises(UNSUPPORTED, match="took a branch that no step before it took, after it had written"):
+        fit_steps(Writes(), 3)
+
+
+def test_a_layer_whose_rows_come_in_another_order_in_a_later_branch():
+    class Turns(Regression):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(2, 2)
+
+        def training_step(self, batch, batch_idx):
+            x = batch[0][:, None] * torch.tensor([[1.0], [2.0]])
+            late = self.global_step > 1
+            out = self.net((x.transpose(0, 1) if late else x).flatten(0, 1))
+            out = out.unflatten(0, (2, -1)).sum(0) if late else out.unflatten(0, (-1, 2)).sum(1)
+            return F.mse_loss(self.other(out) if late else out, batch[1])
+
+    with pytest.raises(UNSUPPORTED, match="'linear' of 'net.weight'.*training steps use it in different ways"):
+        fit_steps(Turns(), 4)
+
+
+def test_attributes_that_become_numbers_are_tensors_again():
+    class Last(Regression):
+        def __init__(self):
+            super().__init__()
+            self.last = torch.zeros(())
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.last = self.last + 1.0 if isinstance(self.last, torch.Tensor) else self.last + loss.item()
+            self.last = float(self.last)
+            return loss
+
+    fit(Last())
 
 
 def fit_steps(module, steps):
