@@ -153,7 +153,7 @@ class _Rehearsal:
         self._plan, self._trainer, self._module, self._run = plan, trainer, module, run
         self._moved, self._put = moved, put
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        self._step = (lambda batch: step(batch, 0)) if takes_index else step
+        self._step: Callable[..., Any] = lambda batch, at=0: step(batch, at) if takes_index else step(batch)
         self._is_loop = run.settings.clipping_engine == "loop" and module.automatic_optimization
 
     def run(self) -> None:
@@ -168,8 +168,8 @@ class _Rehearsal:
             self._model(self._bench(found[0]))
         self._settings(len(found[0].steps) if found else 1)
 
-    def _run_step(self, batch: Any) -> Any:
-        return self._step(self._moved(batch))
+    def _run_step(self, batch: Any, batch_idx: int = 0) -> Any:
+        return self._step(self._moved(batch), batch_idx)
 
     def _settings(self, steps_per_draw: int) -> None:
         plan, run, budget, loader = self._plan, self._run, self._run.budget, self._run.loader
