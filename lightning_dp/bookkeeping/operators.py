@@ -1,11 +1,12 @@
 """Seeing every operator that a pass runs, whether a parameter enters it or not.
 
-Owns: the common part of all who look on. Does not own: what they look for.
+Owns: the common part of all who look on, and which arguments an operator writes to. Does not own: what they look for.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch._ops import OpOverload
@@ -25,3 +26,12 @@ class OperatorMode(TorchDispatchMode):
     @abstractmethod
     def operator(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator, and return what it returns."""
+
+
+def written_by(
+    func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], also: Sequence[str] = ()
+) -> Iterator[Any]:
+    """Yield the arguments that an operator writes to: those that it declares, and those of these names."""
+    for k, argument in enumerate(func._schema.arguments):
+        if argument.name in also or (argument.alias_info is not None and argument.alias_info.is_write):
+            yield args[k] if k < len(args) else kwargs.get(argument.name)

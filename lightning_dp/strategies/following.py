@@ -19,13 +19,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_iter
 
+from lightning_dp.bookkeeping.operators import written_by
+
 _ONLY_SHAPE = {
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full",
 }  # fmt: skip
 """Operators that take only shape, type and device from a tensor."""
 
-_RUNNING = {"running_mean", "running_var"}
+_RUNNING = ("running_mean", "running_var")
 """Arguments that operators write to without saying so."""
 
 
@@ -81,7 +83,8 @@ class Following(TorchDispatchMode):
         if self._is_paused or not self._storages or name in _ONLY_SHAPE:
             return result
         if any(isinstance(t, Tensor) and self.depends(t) for t in tree_iter((args, kwargs))):
-            self._note_all(tree_iter((result, _written(func, args, kwargs))))
+            written = list(written_by(func, args, kwargs, _RUNNING)) if isinstance(func, OpOverload) else []
+            self._note_all(tree_iter((result, written)))
         return result
 
     def _note_all(self, leaves: Iterable[Any]) -> None:
@@ -93,15 +96,6 @@ class Following(TorchDispatchMode):
         storage = t.untyped_storage()
         if storage._cdata not in self._storages:
             self._storages[storage._cdata] = StorageWeakRef(storage)
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the arguments that an operator writes to."""
-    if not isinstance(func, OpOverload):
-        return []
-    declared = func._schema.arguments
-    given = [*zip(declared, args, strict=False), *((a, kwargs[a.name]) for a in declared if a.name in kwargs)]
-    return [value for a, value in given if a.name in _RUNNING or (a.alias_info is not None and a.alias_info.is_write)]
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -6,14 +6,12 @@ Owns: what is put back. Does not own: what is tried.
 from __future__ import annotations
 
 import copy
-import random
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -82,13 +80,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
+    state = RandomState.of_all()
     try:
-        with torch.random.fork_rng():
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        state.restore()
 
 
 @contextmanager
@@ -180,8 +176,7 @@ def _versions(module: nn.Module) -> list[Any]:
 
 
 def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    if not isinstance(module, Metric):
-        yield from ((n, v) for n, v in vars(module).items() if not n.startswith("_") and type(v) in _PLAIN)
+    yield from ((name, value) for name, value in _public(module).items() if type(value) in _PLAIN)
 
 
 def _refilled(value: Any, contents: Any) -> Any:

@@ -6,16 +6,16 @@ Owns: noticing and undoing such writes while a training step is tried. Does not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_iter
 
-from lightning_dp.bookkeeping.operators import OperatorMode
+from lightning_dp.bookkeeping.operators import OperatorMode, written_by
 
 
 class Written(OperatorMode):
@@ -42,8 +42,8 @@ class Written(OperatorMode):
     def operator(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy what an operator is about to write."""
         if func._schema.is_mutable:
-            for t in _written_by(func, args, kwargs):
-                for name in self._at.get(_address(t), ()):
+            for t in tree_iter(list(written_by(func, args, kwargs))):
+                for name in self._at.get(_address(t), ()) if isinstance(t, Tensor) else ():
                     if name not in self._copies:
                         self._copies[name] = self._data[name].clone()
         return func(*args, **kwargs)
@@ -59,13 +59,6 @@ class Written(OperatorMode):
                 self._data[name].copy_(copy)
         self.names |= self._copies.keys()
         self._copies.clear()
-
-
-def _written_by(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    for k, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[k] if k < len(args) else kwargs.get(argument.name)
-            yield from (t for t in tree_flatten(value)[0] if isinstance(t, Tensor))
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:
