@@ -2,12 +2,21 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from lightning_dp.accounting import Phase, PRVAccountant, RDPAccountant, resolve_accountant
+from lightning_dp.accounting import (
+    Phase,
+    PLDAccountant,
+    PRVAccountant,
+    RDPAccountant,
+    RDPFilter,
+    cross_checked,
+    resolve_accountant,
+)
 from lightning_dp.errors import PrivacyConfigurationError
 
-ACCOUNTANTS = [PRVAccountant(), RDPAccountant()]
+ACCOUNTANTS = [PRVAccountant(), RDPAccountant(), PLDAccountant(), RDPFilter(3.0), cross_checked(PRVAccountant())]
 
 
 @pytest.mark.parametrize("accountant", ACCOUNTANTS, ids=lambda a: a.name)
@@ -16,11 +25,13 @@ def test_edges(accountant):
     assert accountant.epsilon([Phase(0.0, 0.1, 0), Phase(1.0, 0.1, 0)], 1e-5) == 0
     assert accountant.epsilon([Phase(0.0, 0.1, 1), Phase(1.0, 0.1, 5)], 1e-5) == math.inf
     # Whether the example was ever sampled is less probable than delta.
-    assert accountant.epsilon([Phase(0.5, 1e-7, 10)], 1e-5) == 0
+    assert (accountant.epsilon([Phase(0.5, 1e-7, 10)], 1e-5) == 0) is not accountant.adaptive
 
 
 @pytest.mark.parametrize("accountant", ACCOUNTANTS, ids=lambda a: a.name)
-@pytest.mark.parametrize("delta", [0, 1, -0.1, 2, math.nan, "1e-5", None, True])
+@pytest.mark.parametrize(
+    "delta", [0, 1, -0.1, 2, math.nan, math.inf, "1e-5", None, True, np.bool_(True), np.float64(2)]
+)
 def test_bad_delta(accountant, delta):
     with pytest.raises(PrivacyConfigurationError, match=r"delta=.*expected a probability in \(0, 1\)"):
         accountant.epsilon([Phase(1.0, 0.1, 1)], delta)
@@ -29,7 +40,24 @@ def test_bad_delta(accountant, delta):
 def test_resolve():
     assert isinstance(resolve_accountant("prv"), PRVAccountant)
     assert isinstance(resolve_accountant("rdp"), RDPAccountant)
+    assert isinstance(resolve_accountant("pld"), PLDAccountant)
+    assert isinstance(resolve_accountant("rdp_filter"), RDPFilter)
     assert resolve_accountant(ACCOUNTANTS[0]) is ACCOUNTANTS[0]
+
+
+@pytest.mark.parametrize("accountant", ACCOUNTANTS[:3], ids=lambda a: a.name)
+def test_a_target_changes_nothing_but_for_a_filter(accountant):
+    assert accountant.for_target(3.0, 1e-5) is accountant
+    assert not accountant.adaptive
+
+
+@pytest.mark.parametrize("accountant", [*ACCOUNTANTS, RDPFilter()], ids=lambda a: a.name)
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "3", None, True, np.bool_(True)])
+def test_bad_targets(accountant, value):
+    with pytest.raises(PrivacyConfigurationError, match=r"target_epsilon=.*expected a finite number > 0"):
+        accountant.for_target(value, 1e-5)
+    with pytest.raises(PrivacyConfigurationError, match=r"delta=.*expected a probability in \(0, 1\)"):
+        accountant.for_target(3.0, value)
 
 
 @pytest.mark.parametrize("name", ["moments", "PRV", "", None, 3])
