@@ -7,11 +7,12 @@ above the other by more than the other's own grid error, unless one of them is n
 """
 
 import logging
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_dp.accounting.base import Accountant
+from lightning_dp.accounting.base import Accountant, coarsened
 from lightning_dp.accounting.fallback import NumericsError, log_once
 from lightning_dp.accounting.gaussian import is_full
 from lightning_dp.accounting.phases import Phase, check_delta, merge_phases
@@ -41,7 +42,7 @@ class CrossChecked(Accountant):
 
     def __init__(self, accountant: Accountant) -> None:
         self._accountant = accountant
-        self.name, self.adaptive = accountant.name, accountant.adaptive
+        self.name, self.adaptive, self.most_kinds = accountant.name, accountant.adaptive, accountant.most_kinds
         self.checked = isinstance(accountant, PRVAccountant) and dp_accounting_installed()
         if isinstance(accountant, PRVAccountant) and not self.checked:
             _say_unchecked('dp-accounting is not installed (`pip install "lightning-dp[pld]"`)')
@@ -87,9 +88,9 @@ class CrossChecked(Accountant):
     def _second(self, phases: Sequence[Phase], delta: float, first: float) -> float | None:
         """The second epsilon, on no finer grid than it takes to see that the first is not below it."""
         merged = tuple(sorted(merge_phases(phases), key=lambda phase: phase.kind))
-        noiseless = any(phase.noise_multiplier == 0 for phase in merged)
-        if not self.checked or noiseless or first == 0 or all(map(is_full, merged)):
+        if not self.checked or not 0 < first < math.inf or all(map(is_full, merged)):
             return None
+        merged = coarsened(merged, self.most_kinds)
         second = _resolved(merged, delta, _COARSE)
         if second is not None and second > first:
             second = _resolved(merged, delta, FINE)

@@ -14,6 +14,8 @@ from lightning_dp.accounting import (
     cross_checked,
     resolve_accountant,
 )
+from lightning_dp.accounting.base import coarsened
+from lightning_dp.accounting.rdp import composed_divergences, conversion, divergences
 from lightning_dp.errors import PrivacyConfigurationError
 
 ACCOUNTANTS = [PRVAccountant(), RDPAccountant(), PLDAccountant(), RDPFilter(3.0), cross_checked(PRVAccountant())]
@@ -66,3 +68,39 @@ def test_unknown_accountant(name):
         PrivacyConfigurationError, match=f'accountant={name!r}: expected "prv", "rdp", "pld" or "rdp_filter"'
     ):
         resolve_accountant(name)
+
+
+NOISES, RATES = np.geomspace(2, 1, 1000), np.geomspace(1e-2, 3e-2, 1000)
+SCHEDULE = [Phase(float(z), float(q), 1) for z, q in zip(NOISES, RATES, strict=True)]
+
+
+def count_worse(phases, noise: float, rate: float) -> int:
+    """Releases with at most that noise and at least that rate."""
+    return sum(p.num_releases for p in phases if p.noise_multiplier <= noise and p.sample_rate >= rate)
+
+
+@pytest.mark.parametrize("most", [1, 2, 32, 256])
+def test_coarsened(most):
+    few = coarsened(SCHEDULE, most)
+    assert len(few) <= most
+    assert sum(phase.num_releases for phase in few) == len(SCHEDULE)
+    for phase in SCHEDULE[::10]:
+        assert count_worse(few, *phase.kind) >= count_worse(SCHEDULE, *phase.kind)
+
+
+def test_few_kinds_stay_as_they_are():
+    assert coarsened(SCHEDULE[:32], 32) == tuple(SCHEDULE[:32])
+
+
+def test_a_longer_schedule_finds_the_same_kinds():
+    kinds = [{phase.kind for phase in coarsened(SCHEDULE[:n], 32)} for n in (990, 1000)]
+    assert len(kinds[0] - kinds[1]) <= 2
+
+
+def test_coarsening_costs_little():
+    """A schedule of very many kinds, against one of as many as are accounted for one by one."""
+    phases = [Phase(float(z), 0.01, 10) for z in np.geomspace(2, 1, 48)]
+    exact = np.sum([divergences(*phase.kind) * phase.num_releases for phase in phases], axis=0)
+    least = float(np.min(exact + conversion(1e-5)))
+    coarse = composed_divergences(coarsened(phases, 32))
+    assert least <= float(np.min(coarse + conversion(1e-5))) <= 1.04 * least
