@@ -104,10 +104,10 @@ class PrivacyBudget:
             PrivacyBudgetExceeded: If it does not fit.
         """
         self.check_next()
-        noise, rate = self._noise, self._mechanism.sample_rate
+        release = self._mechanism.release
         block = max(1, self._ledger.num_releases // 100)  # what a crash may count too much: 1 %
-        self._journal.reserve(self._ledger, noise, rate, block=block, cap=self.releases_left)
-        self._ledger.book(noise, rate)
+        self._journal.reserve(self._ledger, release, block=block, cap=self.releases_left)
+        self._ledger.book(release)
 
     def _further_releases(self) -> int | None:
         if self.target_epsilon is None:

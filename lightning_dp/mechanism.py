@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_dp.accounting import Release
 from lightning_dp.clipping import Clipping
 
 
@@ -47,3 +48,8 @@ class Mechanism:
         multiplier z / sqrt(k) (arXiv 1905.02383, section 3), and that pair is amplified by sampling (2106.08567).
         """
         return self.noise_multiplier / math.sqrt(self.releases_per_draw)
+
+    @property
+    def release(self) -> Release:
+        """What the ledger keeps of all releases from one draw."""
+        return Release(self.accounted_noise_multiplier, self.sample_rate)

@@ -4,8 +4,8 @@ Owns: the ledger of releases, its journal on disk, the accountants, and the sear
 sampling or the decision to stop; nothing here knows PyTorch or Lightning.
 
 The guarantee accounted for is ``P[M(D) in S] <= e^epsilon P[M(D') in S] + delta`` (Dwork et al. 2006) for data sets
-that differ by one example. Reading order: ``phases``, ``base``, ``rdp``, ``losses``, ``prv``, ``calibration``,
-``curve``, ``ledger``, ``journal``.
+that differ by one unit: an example, or a user. Reading order: ``phases``, ``releases``, ``base``, ``rdp``, ``losses``,
+``prv``, ``calibration``, ``curve``, ``ledger``, ``journal``.
 """
 
 from lightning_dp.accounting.accountants import resolve_accountant
@@ -23,6 +23,7 @@ from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phases import Phase, merge_phases
 from lightning_dp.accounting.prv import PRVAccountant
 from lightning_dp.accounting.rdp import RDPAccountant
+from lightning_dp.accounting.releases import Release, histories
 
 __all__ = [
     "MAX_RELEASES",
@@ -33,9 +34,11 @@ __all__ = [
     "PRVAccountant",
     "Phase",
     "RDPAccountant",
+    "Release",
     "calibrate_noise_multiplier",
     "compute_epsilon",
     "epsilon_curve",
+    "histories",
     "max_further_releases",
     "max_steps",
     "merge_phases",
