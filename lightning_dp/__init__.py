@@ -11,6 +11,7 @@ from lightning_dp.errors import (
     UnsupportedModelError,
 )
 from lightning_dp.losses import per_sample_mean
+from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "PrivacyConfigurationError",
     "PrivacyError",
     "PrivacyMonitor",
+    "Stage",
     "UnsupportedModelError",
     "calibrate_noise_multiplier",
     "compute_epsilon",

@@ -10,6 +10,7 @@ release.
 
 import os
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,9 +78,8 @@ class Ledger:
         Args:
             more: Releases to come, which are counted too.
         """
-        counts = self.counts
-        for release, count in (more or {}).items():
-            counts[release] = counts.get(release, 0) + count
+        counts = Counter(self.counts)
+        counts.update(more or {})
         return histories(counts)
 
     @property

@@ -173,12 +173,12 @@ class _Rehearsal:
 
     def _settings(self, steps_per_draw: int) -> None:
         plan, run, budget, loader = self._plan, self._run, self._run.budget, self._run.loader
-        assert run.mechanism is not None, "settled with the dataloader"
         assert loader is not None, "settled with the dataloader"
-        plan.engine, plan.num_examples = run.settings.clipping_engine, loader.num_examples
-        plan.expected_batch_size, plan.sample_rate = run.mechanism.expected_batch_size, run.mechanism.sample_rate
+        mechanism = run.schedule.base
+        plan.engine, plan.num_examples = run.settings.clipping_engine, loader.units.num_units
+        plan.expected_batch_size, plan.sample_rate = mechanism.expected_batch_size, mechanism.sample_rate
         plan.physical_batch_size = loader.max_physical_batch_size
-        plan.noise_multiplier, plan.target_epsilon = run.mechanism.noise_multiplier, budget.target_epsilon
+        plan.noise_multiplier, plan.target_epsilon = mechanism.noise_multiplier, budget.target_epsilon
         plan.delta, plan.planned_steps = budget.delta, budget.planned_steps
         limits = [] if budget.releases_left is None else [budget.releases_left]
         if budget.planned_steps is not None:
@@ -191,8 +191,8 @@ class _Rehearsal:
         loader = self._run.loader
         assert loader is not None, "settled with the dataloader"
         wanted = _SAMPLES_OF_THE_LOOP if self._is_loop else loader.max_physical_batch_size
-        count = min(wanted, loader.num_examples)
-        indices = [k * loader.num_examples // count for k in range(count)]
+        count = min(wanted, loader.units.num_units)
+        indices = [k * loader.units.num_units // count for k in range(count)]
         manual: ManualTrial | None = None
         if isinstance(found.trial, ManualTrial):
             manual = ManualTrial(self._module, self._step, self._put)
@@ -239,6 +239,7 @@ class _Rehearsal:
         batches = [(single, 1) for single in bench.singles] or [(bench.batch, bench.num_samples)]
 
         def private() -> None:
+            step.begin(self._run.schedule.base)
             for batch, num_samples in batches:
                 for book in bench.books(keeping, batch, num_samples):
                     step.collect(book, num_samples)

@@ -9,7 +9,7 @@ what they always count. Reading order of one step: `training_step`, `backward`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dp.bookkeeping import BookKeeping, Keeping, NotObserved
-from lightning_dp.data import PhysicalBatch
+from lightning_dp.data import Drawn, PhysicalBatch
 from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.schedule import Stage
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.preparing import Prepared, look_again, prepare
 from lightning_dp.strategies.run import PrivateRun
@@ -64,6 +65,11 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
             with autograd's, and that no sample changes the gradient of another.
         clipping_engine: ``"book"`` finds per-sample gradients by book-keeping in one backward pass; ``"loop"`` runs one
             backward pass per sample: slow, for models with operations that torch does not let us see.
+        schedule: How noise and batch size change over the steps, fixed beforehand: a list of `Stage`. Calibration
+            counts all of it.
+        changed_settings: Whether to ``"refuse"`` to go on after a resume, a second fit or a reloaded dataloader with
+            another size of the data, batch size, delta, noise or schedule, or to account what follows as a
+            ``"new_phase"`` of the same budget.
 
     Raises:
         PrivacyConfigurationError: If an argument is out of range, or neither target nor noise is given.
@@ -88,6 +94,8 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         loss_reduction: str = "mean",
         self_check: bool = True,
         clipping_engine: str = "book",
+        schedule: Sequence[Stage] = (),
+        changed_settings: str = "refuse",
     ) -> None:
         super().__init__()
         settings = PrivacySettings(
@@ -101,6 +109,8 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
             loss_reduction=loss_reduction,
             self_check=self_check,
             clipping_engine=clipping_engine,
+            schedule=tuple(schedule),
+            changed_settings=changed_settings,
         )
         self._run = PrivateRun(settings)
         self._prepared: Prepared | None = None
@@ -173,8 +183,8 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         """Run all physical batches of a logical batch; the backward pass of the last one is left to Lightning."""
         batch, *rest = args
         assert self._run.loader is not None, "fit sets up the loader before its first step"
-        self.budget.check_next()
         delivered, others = self._run.loader.take()
+        self.budget.check_next(delivered.step)
         if not self._module.automatic_optimization:
             checks.check_undivided(others)
 
@@ -182,7 +192,7 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
             arguments = rest if batch_idx is None else [batch_idx, *rest[1:]]
             return Strategy.training_step(self, data, *arguments[: len(rest)], **kwargs)
 
-        keeping = self._begin(run_step)
+        keeping = self._begin(delivered, run_step)
         for other in others:
             moved = PhysicalBatch(self._moved(other.data), other.num_rows, other.num_real)
             loss = checks.loss_of(self._forward(keeping, moved, run_step))
@@ -225,14 +235,14 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         with self._stepping.paused():
             return super().optimizer_step(optimizer, private_closure, model, **kwargs)
 
-    def _begin(self, run_step: Callable[..., Any]) -> Keeping:
+    def _begin(self, drawn: Drawn, run_step: Callable[..., Any]) -> Keeping:
         """Begin a logical batch; on the first one, and when other parameters are trained, observe the model."""
         checks.check_trainer(self._module.trainer)
         prepared = self._prepared
         if prepared is None or not prepared.holds_for(self._module):
             prepared = prepare(self._module, self._run, self._with_transfer(run_step), self._put)
             self._prepared, self._stepping = prepared, prepared.stepping
-        self._stepping.begin_draw()
+        self._stepping.begin_draw(drawn.step, self._run.mechanism_of(drawn))
         return prepared.keeping
 
     def _forward(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
