@@ -70,6 +70,8 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         changed_settings: Whether to ``"refuse"`` to go on after a resume, a second fit or a reloaded dataloader with
             another size of the data, batch size, delta, noise or schedule, or to account what follows as a
             ``"new_phase"`` of the same budget.
+        private_statistics: Whether norms before clipping, the clipped share and the training loss are collected, to be
+            logged by `PrivacyMonitor`. They are NOT private: epsilon does not cover whoever sees them.
 
     Raises:
         PrivacyConfigurationError: If an argument is out of range, or neither target nor noise is given.
@@ -96,6 +98,7 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
         clipping_engine: str = "book",
         schedule: Sequence[Stage] = (),
         changed_settings: str = "refuse",
+        private_statistics: bool = False,
     ) -> None:
         super().__init__()
         settings = PrivacySettings(
@@ -111,6 +114,7 @@ class DPStrategy(PrivacyStatus, DDPStrategy):
             clipping_engine=clipping_engine,
             schedule=tuple(schedule),
             changed_settings=changed_settings,
+            private_statistics=private_statistics,
         )
         self._run = PrivateRun(settings)
         self._prepared: Prepared | None = None

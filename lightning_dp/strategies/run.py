@@ -23,6 +23,7 @@ from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_d
 from lightning_dp.errors import PrivacyError
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
+from lightning_dp.private_statistics import PrivateStatistics
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.planning import planned_steps
@@ -56,6 +57,7 @@ class PrivateRun:
         self._released_before = 0
         self._journal = Journal()
         self._noise, self._sampling = SecretRandom(), SecretRandom()
+        self.statistics = PrivateStatistics() if settings.private_statistics else None
 
     @property
     def budget(self) -> PrivacyBudget:
@@ -212,7 +214,8 @@ class PrivateRun:
 
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
         """Return the buffers for these parameters."""
-        return PrivateStep(trained, self._noise, mean_loss=self.settings.loss_reduction == "mean")
+        mean_loss = self.settings.loss_reduction == "mean"
+        return PrivateStep(trained, self._noise, mean_loss=mean_loss, statistics=self.statistics)
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Put the ledger into a checkpoint that is about to be saved."""

@@ -38,6 +38,7 @@ class PrivacySettings:
     clipping_engine: str
     schedule: tuple[Stage, ...] = ()
     changed_settings: str = "refuse"
+    private_statistics: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments that can be checked without model and data."""

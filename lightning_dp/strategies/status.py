@@ -40,6 +40,14 @@ class PrivacyStatus:
         return self._run.ledger.num_releases
 
     @property
+    def private_statistics(self) -> dict[str, float] | None:
+        """Norms, clipped share and loss of the last logical batch; ``None`` unless they were asked for.
+
+        They are NOT private: they depend on single examples, without noise.
+        """
+        return self._run.statistics.values() if self._run.statistics else None
+
+    @property
     def budget(self) -> PrivacyBudget:
         """What is spent and left in the present fit.
 
