@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_dp.accounting import Accountant
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.hooks import PrivateHooks
@@ -40,7 +41,8 @@ class DPStrategy(PrivateHooks, DDPStrategy):
         clipping: ``"flat"`` shortens longer gradients to ``max_grad_norm``; ``"automatic"`` brings all near it.
         max_physical_batch_size: The most examples processed at a time; changes memory and speed, never the result.
             Default: the dataloader's batch size.
-        accountant: ``"prv"`` (tight) or ``"rdp"``.
+        accountant: ``"prv"`` (tight), ``"pld"`` (as tight; needs dp-accounting), ``"rdp"`` (fast) or ``"rdp_filter"``,
+            with which noise and batch size of later phases may be chosen by results; or an `Accountant`.
         loss_reduction: Whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` of one loss per sample.
         self_check: Whether to check the bound on a few samples before the first step: that per-sample gradients agree
             with autograd's, and that no sample changes the gradient of another.
@@ -73,7 +75,7 @@ class DPStrategy(PrivateHooks, DDPStrategy):
         max_grad_norm: float = 1.0,
         clipping: str = "flat",
         max_physical_batch_size: int | None = None,
-        accountant: str = "prv",
+        accountant: str | Accountant = "prv",
         loss_reduction: str = "mean",
         self_check: bool = True,
         clipping_engine: str = "book",

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Journal, Ledger
+from lightning_dp.accounting import Accountant, Journal, Ledger
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader
 from lightning_dp.errors import PrivacyError
@@ -147,20 +147,34 @@ class PrivateRun:
         planned = planned_steps(trainer, len(self._user), steps_per_draw)
         terms = self._present_terms(settings.sample_rate(self._units, self._user.batch_size or 0, world_size))
         before = self._agreed if self._agreed and self._agreed.partition == terms.partition else None
-        self._schedule = settings.plan(
-            terms, before, self.ledger, step=step, planned_steps=planned, releases_per_draw=releases_per_draw
-        )
+
+        def settled(accountant: Accountant) -> tuple[Schedule, PrivacyBudget]:
+            schedule = settings.plan(
+                terms,
+                before,
+                self.ledger,
+                accountant,
+                step=step,
+                planned_steps=planned,
+                releases_per_draw=releases_per_draw,
+            )
+            budget = PrivacyBudget(
+                schedule,
+                accountant,
+                self.ledger,
+                self._journal,
+                delta=terms.delta,
+                target_epsilon=settings.target_epsilon,
+                planned_steps=planned,
+                step=step,
+            )
+            return schedule, budget
+
+        accountant = settings.accountant_for(terms.delta)
+        schedule, budget = settled(accountant)
+        trusted = budget.trusted_accountant()
+        self._schedule, self._budget = (schedule, budget) if trusted is accountant else settled(trusted)
         self._terms = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
-        self._budget = PrivacyBudget(
-            self._schedule,
-            settings.resolved_accountant(),
-            self.ledger,
-            self._journal,
-            delta=terms.delta,
-            target_epsilon=settings.target_epsilon,
-            planned_steps=planned,
-            step=step,
-        )
         if announce:
             self._announce(self._schedule.base, self._budget)
 
@@ -176,6 +190,7 @@ class PrivateRun:
             delta=delta,
             noise_multiplier=self.settings.noise_multiplier or 0.0,
             schedule=self.settings.schedule,
+            filter_target=self.settings.target_epsilon if self.settings.resolved_accountant().adaptive else None,
         )
 
     def mechanism_of(self, drawn: Drawn) -> Mechanism:

@@ -32,7 +32,7 @@ class PrivacySettings:
     max_grad_norm: float
     clipping: str
     max_physical_batch_size: int | None
-    accountant: str
+    accountant: str | Accountant
     loss_reduction: str
     self_check: bool
     clipping_engine: str
@@ -72,7 +72,11 @@ class PrivacySettings:
                 f"max_physical_batch_size={size!r}: expected a positive integer, or None for the loader's batch_size."
             )
         self.resolved_clipping()
-        self.resolved_accountant()
+        if self.resolved_accountant().adaptive and self.target_epsilon is None:
+            raise PrivacyConfigurationError(
+                f"accountant={self.accountant!r} without target_epsilon: a filter is fixed by its target before the "
+                "first release. Give target_epsilon."
+            )
 
     def physical_batch_size(self, batch_size: int) -> int:
         """Return the most examples to process at a time, for a dataloader of this batch size."""
@@ -103,6 +107,11 @@ class PrivacySettings:
     def resolved_accountant(self) -> Accountant:
         """Return the accountant that the arguments name."""
         return resolve_accountant(self.accountant)
+
+    def accountant_for(self, delta: float) -> Accountant:
+        """Return that accountant, with what it fixes by the target before the first release."""
+        accountant = self.resolved_accountant()
+        return accountant if self.target_epsilon is None else accountant.for_target(self.target_epsilon, delta)
 
     def delta(self, units: Units) -> float:
         """Return delta for N units: as given, else 1 / (10 N).
@@ -141,6 +150,7 @@ class PrivacySettings:
         terms: Terms,
         before: Terms | None,
         ledger: Ledger,
+        accountant: Accountant,
         *,
         step: int,
         planned_steps: int | None,
@@ -152,6 +162,7 @@ class PrivacySettings:
             terms: Of this fit; its noise multiplier counts only if the user gave one.
             before: Under which something was released from the same data; ``None`` if nothing was.
             ledger: Releases made before.
+            accountant: Whose epsilon counts.
             step: The step that comes next.
             planned_steps: Logical batches planned in all, from step 0 on; ``None`` if the trainer has no limit.
             releases_per_draw: Noisy gradients released from one logical batch.
@@ -162,6 +173,12 @@ class PrivacySettings:
         """
         changes = terms.differences(before, noise_is_given=self.noise_multiplier is not None) if before else []
         self._check_changes(changes, ledger)
+        if before is not None and terms.filter_target != before.filter_target:
+            raise PrivacyConfigurationError(
+                f"target_epsilon={terms.filter_target} of accountant='rdp_filter' was {before.filter_target} in the "
+                f"{ledger.num_releases} releases made before: a filter holds for the target that was fixed before the "
+                "first release. Keep target and accountant, or begin a new run."
+            )
         remaining = None if planned_steps is None else max(1, planned_steps - step)
 
         def schedule(noise_multiplier: float) -> Schedule:
@@ -179,11 +196,11 @@ class PrivacySettings:
 
         if self.noise_multiplier is not None:
             planned = schedule(float(self.noise_multiplier))
-            self._check_first_step(planned, schedule, ledger, terms.delta, step, remaining or 1)
+            self._check_first_step(planned, schedule, ledger, accountant, terms.delta, step, remaining or 1)
             return planned
         if before is not None and not changes:
             return schedule(before.noise_multiplier)  # one budget, one noise
-        return schedule(self._calibrated(schedule, ledger, terms.delta, step, remaining))
+        return schedule(self._calibrated(schedule, ledger, accountant, terms.delta, step, remaining))
 
     def _check_changes(self, changes: list[str], ledger: Ledger) -> None:
         if changes and self.changed_settings == "refuse":
@@ -197,6 +214,7 @@ class PrivacySettings:
         self,
         schedule: Callable[[float], Schedule],
         ledger: Ledger,
+        accountant: Accountant,
         delta: float,
         step: int,
         remaining: int | None,
@@ -209,7 +227,7 @@ class PrivacySettings:
                 "max_steps=-1. Give the Trainer max_epochs or max_steps, or give noise_multiplier to DPStrategy."
             )
         return calibrate(
-            self.resolved_accountant(),
+            accountant,
             lambda noise: ledger.histories(schedule(noise).releases(step, remaining)),
             target_epsilon=self.target_epsilon,
             delta=delta,
@@ -220,6 +238,7 @@ class PrivacySettings:
         planned: Schedule,
         schedule: Callable[[float], Schedule],
         ledger: Ledger,
+        accountant: Accountant,
         delta: float,
         step: int,
         remaining: int,
@@ -227,11 +246,10 @@ class PrivacySettings:
         """Refuse a budget that does not allow a single step, and say what would."""
         if self.target_epsilon is None or ledger.num_releases:
             return
-        accountant = self.resolved_accountant()
         first = greatest_epsilon(accountant, ledger.histories(planned.releases(step, 1)), delta)
         if first <= self.target_epsilon:
             return
-        enough = self._calibrated(schedule, ledger, delta, step, remaining)
+        enough = self._calibrated(schedule, ledger, accountant, delta, step, remaining)
         raise PrivacyConfigurationError(
             f"target_epsilon={self.target_epsilon:g} is too small for a single step with noise_multiplier="
             f"{self.noise_multiplier:g} at sample rate {planned.at(step).sample_rate:.4g}, which spends epsilon "
