@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier, compute_epsilon, resolve_accountant
+from lightning_dp.accounting.delta import delta_for
 from lightning_dp.clipping import Clipping, resolve_clipping
 from lightning_dp.data import largest_draw
 from lightning_dp.errors import PrivacyConfigurationError
@@ -99,14 +100,7 @@ class PrivacySettings:
         Raises:
             PrivacyConfigurationError: If it is 1/N or more.
         """
-        delta = self.target_delta if self.target_delta is not None else 1 / (10 * num_examples)
-        if delta >= 1 / num_examples:
-            raise PrivacyConfigurationError(
-                f"target_delta={delta:g} with N={num_examples} training examples: expected less than 1/N = "
-                f"{1 / num_examples:g}, since a mechanism that publishes one random example has delta = 1/N. "
-                f"Try {1 / (10 * num_examples):.1g}."
-            )
-        return delta
+        return delta_for(self.target_delta, num_examples)
 
     def plan(
         self,
