@@ -10,6 +10,7 @@ from lightning_dp.errors import (
     PrivacyError,
     UnsupportedModelError,
 )
+from lightning_dp.forecasting import forecast
 from lightning_dp.losses import per_sample_mean
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
@@ -28,6 +29,7 @@ __all__ = [
     "UnsupportedModelError",
     "calibrate_noise_multiplier",
     "compute_epsilon",
+    "forecast",
     "max_steps",
     "per_sample_mean",
     "plan",

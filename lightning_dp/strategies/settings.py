@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_dp.accounting import Accountant, Ledger, calibrate, greatest_epsilon, resolve_accountant
+from lightning_dp.accounting.delta import delta_for
 from lightning_dp.clipping import Clipping, resolve_clipping
 from lightning_dp.data import Units, largest_draw
 from lightning_dp.errors import PrivacyConfigurationError
@@ -119,15 +120,7 @@ class PrivacySettings:
         Raises:
             PrivacyConfigurationError: If it is 1/N or more.
         """
-        num_units = units.num_units
-        delta = self.target_delta if self.target_delta is not None else 1 / (10 * num_units)
-        if delta >= 1 / num_units:
-            raise PrivacyConfigurationError(
-                f"target_delta={delta:g} with N={num_units} training {units.unit}s: expected less than 1/N = "
-                f"{1 / num_units:g}, since a mechanism that publishes one random {units.unit} has delta = 1/N. "
-                f"Try {1 / (10 * num_units):.1g}."
-            )
-        return delta
+        return delta_for(self.target_delta, units.num_units, units.unit)
 
     def sample_rate(self, units: Units, batch_size: int, world_size: int) -> float:
         """Return q for a dataloader whose batch size is the expected number of examples in one process.
