@@ -1,8 +1,8 @@
 """``lightning-dp``: Lightning's own command line, private by default.
 
-Owns: the defaults, and the command ``plan``, which takes the arguments of ``fit`` and trains nothing. Everything else
-is ``LightningCLI``: ``lightning-dp fit --config config.yaml``, ``--trainer.strategy.target_epsilon 1``,
-``--print_config`` and so on.
+Owns: the defaults, and the command ``plan``, which takes the arguments of ``fit`` and trains nothing; ``report`` is in
+``reporting``. Everything else is ``LightningCLI``: ``lightning-dp fit --config config.yaml``,
+``--trainer.strategy.target_epsilon 1``, ``--print_config`` and so on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_dp.callbacks import PrivacyBudgetStopping, PrivacyMonitor
 from lightning_dp.coverage import plan
+from lightning_dp.reporting.command import report_command
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.summary import print_summary
 
@@ -93,6 +94,9 @@ def _with_plan(trainer_class: Any) -> type:
 
 def main() -> None:
     """Run ``lightning-dp``."""
+    if sys.argv[1:2] == ["report"]:
+        report_command(sys.argv[2:])
+        return
     # Lightning 2.6 uses a pytree class that torch 2.9 deprecates; nothing a user could do about it.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
     DPLightningCLI(save_config_kwargs={"overwrite": True})

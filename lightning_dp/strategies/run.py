@@ -23,7 +23,9 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.strategies.planning import planned_steps
+from lightning_dp.strategies.record import earlier_training, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
 
 _log = logging.getLogger("lightning_dp")
@@ -47,6 +49,7 @@ class PrivateRun:
         self.mechanism: Mechanism | None = None
         self._budget: PrivacyBudget | None = None
         self._journal = Journal()
+        self.training: TrainingRecord | None = None
         self._noise, self._sampling = SecretRandom(), SecretRandom()
 
     @property
@@ -153,7 +156,12 @@ class PrivateRun:
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Put the ledger into a checkpoint that is about to be saved."""
-        checkpoint[_CHECKPOINT_KEY] = {"version": 1, "ledger": self.ledger.state_dict(), "delta": self.delta}
+        state = {"version": 1, "ledger": self.ledger.state_dict(), "delta": self.delta}
+        checkpoint[_CHECKPOINT_KEY] = {**state, **plain_record(self)}
+
+    def record(self) -> Record | None:
+        """Return the facts about this run, for reports; ``None`` before it has seen its training data."""
+        return record_of(self)
 
     def keep_journal_beside(self, path: Path) -> None:
         """Keep the journal beside a checkpoint that was saved, if that is a local directory."""
@@ -164,6 +172,7 @@ class PrivateRun:
         """Count every release that a checkpoint and the journals beside it know of."""
         if _CHECKPOINT_KEY in checkpoint:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
+            self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         self._journal.read(path.parent, self.ledger)
