@@ -44,13 +44,14 @@ class PrivacyReport(pl.Callback):
         super().__init__()
         self.filename = check_filename(filename)
         self._watched = Watched()
-        self._begun = False
+        self._begun, self._folder = False, ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a strategy that has nothing to report."""
         if stage == "fit":
             private_strategy(trainer, self)
-            self._begun = False
+            # On every rank, which agree upon it: after an exception on one of them there would be no answer.
+            self._begun, self._folder = False, trainer.log_dir or trainer.default_root_dir
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -90,10 +91,11 @@ class PrivacyReport(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report."""
         self._write(trainer)
+        self._begun = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write the report of what was released so far; a failure to do so does not hide the exception."""
-        if trainer.state.fn != TrainerFn.FITTING or not private_strategy(trainer, self).num_releases:
+        if not self._begun or not private_strategy(trainer, self).num_releases:
             return
         try:
             self._add("exception", trainer)
@@ -124,10 +126,9 @@ class PrivacyReport(pl.Callback):
         return make_report(record, strategy.releases, strategy.accountant, self._watched)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        folder = trainer.log_dir or trainer.default_root_dir  # asked on every rank: it is agreed upon
         report = self.report(trainer) if trainer.is_global_zero else None
         if report is not None:
-            files = write_report(report, folder, self.filename)
+            files = write_report(report, self._folder, self.filename)
             rank_zero_info(f"Privacy: report written to {', '.join(files)}.")
 
     def _add(self, event: str, trainer: pl.Trainer, metrics: dict[str, float | None] | None = None) -> None:

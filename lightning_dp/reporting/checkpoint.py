@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lightning_dp.accounting import Journal, Ledger, resolve_accountant
+from lightning_dp.accounting import Accountant, Journal, Ledger, resolve_accountant
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.plain import from_plain
 from lightning_dp.record import Record, Watched
@@ -24,27 +24,29 @@ WATCHED_KEY = "watched"
 """Where the callback keeps in its state what it saw."""
 
 
-def read_report(path: str | os.PathLike[str]) -> Report:
+def read_report(path: str | os.PathLike[str], accountant: str | Accountant | None = None) -> Report:
     """Return the report of a checkpoint file; nothing is written and no code from the file is run.
 
     Releases that the journals beside it know of count, too: they are what training spent on the data by now.
 
     Args:
         path: A checkpoint of a private fit.
+        accountant: Whose epsilon counts. Default: that of the fit.
 
     Raises:
         PrivacyConfigurationError: If it is no such file.
         PrivacyError: If what it holds about privacy, or a journal beside it, is malformed.
     """
-    return report_of(_load(Path(path)), Path(path))
+    return report_of(_load(Path(path)), Path(path), accountant)
 
 
-def report_of(checkpoint: Mapping[str, Any], path: Path) -> Report:
+def report_of(checkpoint: Mapping[str, Any], path: Path, accountant: str | Accountant | None = None) -> Report:
     """Return the report of a loaded checkpoint.
 
     Args:
         checkpoint: What the file holds.
         path: The file; the journals are looked for beside it.
+        accountant: Whose epsilon counts. Default: that of the fit.
 
     Raises:
         PrivacyConfigurationError: If it is not from a private fit.
@@ -52,11 +54,21 @@ def report_of(checkpoint: Mapping[str, Any], path: Path) -> Report:
     """
     state = _private_state(checkpoint, path)
     record = from_plain(Record, state["record"], f"the privacy record in {path}")
-    accountant, ledger = resolve_accountant(record.accounting.accountant), Ledger()
+    chosen, ledger = _accountant(accountant or record.accounting.accountant, path), Ledger()
     ledger.merge(state["ledger"])
-    alone = AtCheckpoint(path.name, ledger.num_releases, accountant.epsilon(ledger.phases, record.accounting.delta))
+    alone = AtCheckpoint(path.name, ledger.num_releases, chosen.epsilon(ledger.phases, record.accounting.delta))
     Journal.read(path.parent, ledger)
-    return make_report(record, ledger.phases, accountant, _watched(checkpoint, path), alone)
+    return make_report(record, ledger.phases, chosen, _watched(checkpoint, path), alone)
+
+
+def _accountant(accountant: str | Accountant, path: Path) -> Accountant:
+    try:
+        return resolve_accountant(accountant)
+    except PrivacyConfigurationError as error:
+        raise PrivacyConfigurationError(
+            f"no report of {path}: {error} A fit with an accountant of your own needs it again: "
+            "lightning_dp.reporting.read_report(path, accountant)."
+        ) from error
 
 
 def _private_state(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
@@ -83,6 +95,10 @@ def _watched(checkpoint: Mapping[str, Any], path: Path) -> Watched | None:
     return None
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _load(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise PrivacyConfigurationError(f"{path} is no file: expected a checkpoint, such as 'last.ckpt'.")
@@ -93,7 +109,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         )
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise PrivacyConfigurationError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values ({str(error).splitlines()[0]}). If it "
+            f"{path} cannot be read as a checkpoint of tensors and plain values ({_first_line(error)}). If it "
             "is a checkpoint that you trust and that holds other objects, such as hyperparameters of your own classes: "
             "lightning_dp.reporting.report_of(torch.load(path, weights_only=False), Path(path))."
         ) from error

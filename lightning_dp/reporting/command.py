@@ -31,15 +31,15 @@ def report_command(arguments: Sequence[str]) -> None:
     """
     options = _parser().parse_args(arguments)
     try:
-        _run(options.checkpoint, options.output)
+        _run(options.checkpoint, options.output, options.accountant)
     except PrivacyError as error:
         sys.exit(f"lightning-dp report: {error}")
 
 
-def _run(checkpoint: str, output: str | None) -> None:
+def _run(checkpoint: str, output: str | None, accountant: str | None) -> None:
     folder, name = os.path.split(output or "privacy_report")
     check_filename(name)
-    report = read_report(checkpoint)
+    report = read_report(checkpoint, accountant)
     console = Console(width=None if sys.stdout.isatty() else 100)
     # The name of a figure that is not written would lead nowhere, and so would the advice how to get it.
     console.print(Markdown(as_markdown(report, name if can_plot() else None)))
@@ -54,4 +54,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint of a private fit")
     parser.add_argument("--output", metavar="DIR/NAME", help="write NAME.json, NAME.md and NAME.png into DIR")
+    parser.add_argument("--accountant", metavar="NAME", help="recompute epsilon by another accountant, such as rdp")
     return parser

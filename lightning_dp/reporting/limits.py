@@ -26,14 +26,15 @@ class Limit:
     found: tuple[str, ...] = ()
 
 
-def limits_of(record: Record, watched: Watched) -> tuple[Limit, ...]:
+def limits_of(record: Record, watched: Watched | None) -> tuple[Limit, ...]:
     """Return what the guarantee of a run does not cover, what is most at odds with it first.
 
     Args:
         record: The facts.
-        watched: What a callback saw.
+        watched: What a callback saw; ``None`` if there was none.
     """
-    return (*_from_facts(record, watched), *_ALWAYS)
+    unseen = () if watched is not None else (_UNSEEN,)
+    return (*_from_facts(record, watched or Watched()), *unseen, *_ALWAYS)
 
 
 def _from_facts(record: Record, watched: Watched) -> Iterator[Limit]:
@@ -75,6 +76,12 @@ def _from_facts(record: Record, watched: Watched) -> Iterator[Limit]:
         (*watched.hooks, *watched.callbacks),
     )
 
+
+_UNSEEN = Limit(
+    "names",
+    "Which names were logged, and which hooks and callbacks ran, is not known: no PrivacyReport was among the "
+    "callbacks, or the checkpoint holds weights only.",
+)
 
 _ALWAYS = (
     Limit("other runs", "Other runs on the same data, such as those that chose settings: their epsilons add up."),

@@ -70,7 +70,7 @@ def _guarantee(report: Report) -> Iterator[str]:
         ("delta", f"{privacy.delta:.3g}{' (default)' if privacy.target_delta is None else ''}"),
         ("holds for", f"{privacy.neighbouring} {privacy.unit}"),
         ("logical batches released from", f"{privacy.num_releases:,}"),
-        ("steps left in the budget", "not limited or not known" if privacy.steps_left is None else privacy.steps_left),
+        ("steps left in the budget", _steps_left(report)),
         ("accountant", f"{privacy.accountant.name} ({privacy.accountant.library})"),
         ("second accountant", _cross_check(report)),
     ]
@@ -86,6 +86,13 @@ def _guarantee(report: Report) -> Iterator[str]:
             for g in privacy.groups
         ]
         yield _table(("examples", "epsilon", "by"), groups)
+
+
+def _steps_left(report: Report) -> str:
+    privacy = report.privacy
+    if privacy.steps_left is not None:
+        return f"{privacy.steps_left:,}"
+    return "no limit" if privacy.target_epsilon is None else "not known: releases of other kinds were made since"
 
 
 def _cross_check(report: Report) -> str:

@@ -59,8 +59,9 @@ def pld_epsilon(phases: tuple[Phase, ...], delta: float, num_examples: int = 1) 
 
 def _mesh(phase: Phase, num_examples: int) -> float:
     noise, rate = phase.noise_multiplier, phase.sample_rate
-    spread = num_examples * rate * math.sqrt(math.expm1(min(1 / noise**2, 50.0)))
-    return min(max(spread / (_FINE if num_examples == 1 else _COARSE), 1e-6), 0.1)
+    # The spread of the loss, for small losses and for large ones.
+    spread = num_examples * min(rate * math.sqrt(math.expm1(min(1 / noise**2, 50.0))), 1 / noise)
+    return max(spread / (_FINE if num_examples == 1 else _COARSE), 1e-6)
 
 
 def _event(module: Any, phase: Phase, num_examples: int) -> Any:

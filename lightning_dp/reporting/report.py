@@ -149,14 +149,13 @@ def make_report(
         watched: What a callback saw, if there was one.
         at_checkpoint: What a checkpoint alone knew, if the report is made from one.
     """
-    seen = watched or Watched()
     return Report(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         privacy=_privacy(record, tuple(phases), accountant, at_checkpoint),
         ledger=tuple(Release(p.noise_multiplier, p.sample_rate, p.num_releases) for p in phases),
         record=record,
-        not_covered=limits_of(record, seen),
-        watched=seen,
+        not_covered=limits_of(record, watched),
+        watched=watched or Watched(),
     )
 
 
