@@ -2,7 +2,7 @@
 
 from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon, max_steps
 from lightning_dp.bookkeeping import register_rule
-from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor
+from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor, PrivacyReport
 from lightning_dp.coverage import plan
 from lightning_dp.errors import (
     PrivacyBudgetExceeded,
@@ -25,6 +25,7 @@ __all__ = [
     "PrivacyConfigurationError",
     "PrivacyError",
     "PrivacyMonitor",
+    "PrivacyReport",
     "Stage",
     "UnsupportedModelError",
     "calibrate_noise_multiplier",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lightning_dp.forecasting.command import plan_numbers, print_help, takes_numbers
 from lightning_dp.lightning_cli import DPLightningCLI, run_lightning
+from lightning_dp.reporting.command import report_command
 
 __all__ = ["COMMANDS", "Command", "DPLightningCLI", "main"]
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "plan": Command(
         plan_numbers, "with --num_examples and other numbers: what a budget comes to, without a model", takes_numbers
     ),
+    "report": Command(report_command, "CHECKPOINT: what the run of a checkpoint spent, recomputed from its ledger"),
 }
 
 

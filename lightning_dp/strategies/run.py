@@ -25,8 +25,10 @@ from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
 from lightning_dp.private_statistics import PrivateStatistics
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.planning import planned_steps
+from lightning_dp.strategies.record import earlier_training, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.terms import Terms
 
@@ -56,6 +58,7 @@ class PrivateRun:
         self._agreed: Terms | None = None
         self._released_before = 0
         self._journal = Journal()
+        self.training: TrainingRecord | None = None
         self._noise, self._sampling = SecretRandom(), SecretRandom()
         self.statistics = PrivateStatistics() if settings.private_statistics else None
 
@@ -235,7 +238,12 @@ class PrivateRun:
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Put the ledger into a checkpoint that is about to be saved."""
         terms = self._terms.state_dict() if self._terms else None
-        checkpoint[_CHECKPOINT_KEY] = {"version": 2, "ledger": self.ledger.state_dict(), "terms": terms}
+        state = {"version": 2, "ledger": self.ledger.state_dict(), "terms": terms}
+        checkpoint[_CHECKPOINT_KEY] = {**state, **plain_record(self)}
+
+    def record(self) -> Record | None:
+        """Return the facts about this run, for reports; ``None`` before it has seen its training data."""
+        return record_of(self)
 
     def keep_journal_beside(self, path: Path) -> None:
         """Keep the journal beside a checkpoint that was saved, if that is a local directory."""
@@ -248,6 +256,7 @@ class PrivateRun:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
             terms = checkpoint[_CHECKPOINT_KEY]["terms"]
             self._agreed = Terms.from_state(terms) if terms and self.ledger.num_releases else self._agreed
+            self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         self._journal.read(path.parent, self.ledger)
