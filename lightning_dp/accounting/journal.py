@@ -12,7 +12,6 @@ resumes, if the exact number survived.
 
 import os
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phases import check_count
 from lightning_dp.accounting.recovery import join_journals, journal_path, settle_journals
 from lightning_dp.accounting.releases import Release
-from lightning_dp.accounting.reservation import Pace, Reservation, Run
+from lightning_dp.accounting.reservation import Pace, Reservation
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 
 
@@ -80,15 +79,7 @@ class Journal:
             self._directories.add(path)
             self._reserved = None
 
-    def reserve(
-        self,
-        ledger: Ledger,
-        release: Release,
-        *,
-        block: int | None = None,
-        cap: int | None = None,
-        upcoming: Callable[[int], Iterable[Run]] | None = None,
-    ) -> None:
+    def reserve(self, ledger: Ledger, release: Release, *, block: int | None = None, cap: int | None = None) -> None:
         """Have the next release on disk, in every directory, before it is booked and made.
 
         Touches no disk while an earlier reservation covers that release.
@@ -99,12 +90,9 @@ class Journal:
             block: How many releases to reserve at once, at least 1; ``None`` to go by time, see
                 :class:`~lightning_dp.accounting.reservation.Pace`.
             cap: How many releases the budget still allows, at least 1; ``None`` for no limit.
-            upcoming: Gives the next so many releases, the one to come first, as runs of equal ones; ``None`` if all are
-                like the one to come. A release that comes differently has a reservation of its own.
 
         Raises:
-            PrivacyConfigurationError: If ``block`` or ``cap`` is below 1, or ``upcoming`` gives another release first
-                or more than asked for.
+            PrivacyConfigurationError: If ``block`` or ``cap`` is below 1.
             PrivacyError: If a file cannot be written; the release must not be made then.
         """
         most = None if block is None else _at_least_one("block", block)
@@ -113,7 +101,7 @@ class Journal:
         if self._directories and not self._covers(ledger, number, release):
             ahead = self._pace.block(number - 1) if most is None else most
             ahead = ahead if limit is None else min(ahead, limit)
-            self._reserve(Reservation.of(ledger, _runs(release, ahead, upcoming)), ledger)
+            self._reserve(Reservation.of(ledger, release, ahead), ledger)
         if self._count is not None and self._count.segment == ledger.own_segment:
             self._count.write(number)
 
@@ -129,7 +117,7 @@ class Journal:
         if self._written_by != ledger.own_segment:
             return  # nothing reserved, or by the process that this one was forked from
         self._reserved = None
-        self._write(Reservation.of(ledger, ()))
+        self._write(Reservation.of(ledger))
         if self._count is not None and self._count.segment == ledger.own_segment:
             self._count.remove()
             self._count = None
@@ -193,15 +181,3 @@ def _at_least_one(name: str, value: int) -> int:
     if check_count(name, value) < 1:
         raise PrivacyConfigurationError(f"{name}={value!r}: expected an integer >= 1.")
     return int(value)
-
-
-def _runs(release: Release, most: int, upcoming: Callable[[int], Iterable[Run]] | None) -> tuple[Run, ...]:
-    """The releases to reserve, in their order."""
-    if upcoming is None:
-        return ((release, most),)
-    runs = tuple((kind, _at_least_one("number of releases", count)) for kind, count in upcoming(most))
-    if not runs or runs[0][0] != release or sum(count for _, count in runs) > most:
-        raise PrivacyConfigurationError(
-            f"upcoming({most}) gives {runs}: expected at most so many releases, the first like {release}."
-        )
-    return runs

@@ -6,54 +6,45 @@ Owns: what a journal file says, taking back what was not made, and the pace of w
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.releases import Release
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 
-Run = tuple[Release, int]
-"""So many equal releases, one after the other."""
-
 
 class Reservation:
-    """A ledger's state with releases to come in it.
+    """A ledger's state with releases to come in it, all of one kind.
 
     Guarantee: whoever takes ``state`` for the history counts everything reserved, made or not.
 
     Args:
         segment: Which process's releases are reserved.
         state: As of :meth:`Ledger.state_dict`, with the releases to come.
-        ahead: Those, in the order in which they will be made.
+        release: Their kind; ``None`` if nothing is reserved.
+        ahead: How many there are.
 
     Raises:
-        PrivacyError: If ``ahead`` is not in ``state``.
+        PrivacyError: If they are not in ``state``.
     """
 
-    def __init__(self, segment: str, state: Mapping[str, Any], ahead: Iterable[Run] = ()) -> None:
+    def __init__(self, segment: str, state: Mapping[str, Any], release: Release | None = None, ahead: int = 0) -> None:
         """Know the number of the last release that was made, and of the last one reserved."""
-        self.segment, self.state, self.ahead = segment, state, tuple(ahead)
+        self.segment, self.state, self.release, self.ahead = segment, state, release, ahead
         self.last = sum(row["num_releases"] for row in state["segments"].get(segment, []))
-        self.first = self.last - sum(count for _, count in self.ahead)
-        self._without(self.last - self.first)
+        self.first = self.last - ahead
+        self._without(ahead)
 
     @classmethod
-    def of(cls, ledger: Ledger, ahead: Iterable[Run]) -> "Reservation":
+    def of(cls, ledger: Ledger, release: Release | None = None, ahead: int = 0) -> "Reservation":
         """Reserve releases on top of all that a ledger knows."""
-        ahead, state, segment = tuple(ahead), ledger.state_dict(), ledger.own_segment
-        return cls(segment, _changed(state, segment, ahead), ahead)
+        segment = ledger.own_segment
+        return cls(segment, _changed(ledger.state_dict(), segment, release, ahead), release, ahead)
 
     def covers(self, number: int, release: Release) -> bool:
         """Whether the release of this number in the segment, from 1, is reserved and is to be this one."""
-        place = number - self.first
-        if not 0 < place <= self.last - self.first:
-            return False
-        for kind, count in self.ahead:
-            if place <= count:
-                return kind == release
-            place -= count
-        return False
+        return self.first < number <= self.last and self.release == release
 
     def made(self, number: int) -> "Reservation":
         """Take back what was not made.
@@ -70,8 +61,8 @@ class Reservation:
 
     def text(self) -> str:
         """As it is kept in a file: a ledger's state, and beside it what of that is reserved only."""
-        rows = [release.as_row(count) for release, count in self.ahead]
-        return json.dumps({**self.state, "own": self.segment, "ahead": rows})
+        ahead = None if self.release is None else self.release.as_row(self.ahead)
+        return json.dumps({**self.state, "own": self.segment, "ahead": ahead})
 
     @classmethod
     def parse(cls, text: str) -> "Reservation":
@@ -82,27 +73,25 @@ class Reservation:
         """
         state: Any = json.loads(text)
         Ledger().merge(state)  # checks it
-        own, ahead = state.pop("own", None), state.pop("ahead", None)
-        if not isinstance(own, str) or not isinstance(ahead, list):
+        own, ahead = state.pop("own", None), state.pop("ahead", False)
+        if not isinstance(own, str) or ahead is False:
             raise PrivacyError("it does not say which releases are reserved only")
         try:
-            return cls(own, state, map(Release.from_row, ahead))
+            return cls(own, state, *((None, 0) if ahead is None else Release.from_row(ahead)))
         except PrivacyConfigurationError as error:
-            raise PrivacyError(f"what is reserved is no list of releases: {error}") from error
+            raise PrivacyError(f"what is reserved is no number of releases: {error}") from error
 
     def _without(self, unused: int) -> dict[str, Any]:
-        """The state without the last so many of the releases ahead."""
-        changes = []
-        for release, count in reversed(self.ahead):
-            changes.append((release, -min(count, unused)))
-            unused -= min(count, unused)
-        return _changed(self.state, self.segment, changes)
+        """The state without so many of the releases reserved."""
+        return _changed(self.state, self.segment, self.release, -unused)
 
 
-def _changed(state: Mapping[str, Any], segment: str, changes: Iterable[Run]) -> dict[str, Any]:
+def _changed(state: Mapping[str, Any], segment: str, release: Release | None, count: int) -> dict[str, Any]:
     """A state with so many releases more, or less, in one segment."""
+    if release is None:
+        return dict(state)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in [*state["segments"].get(segment, []), *(release.as_row(count) for release, count in changes)]:
+    for row in [*state["segments"].get(segment, []), release.as_row(count)]:
         number = rows.get(_kind(row), row | {"num_releases": 0})["num_releases"] + row["num_releases"]
         rows[_kind(row)] = row | {"num_releases": number}
     if any(row["num_releases"] < 0 for row in rows.values()):

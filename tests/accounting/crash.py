@@ -11,11 +11,6 @@ from lightning_dp.accounting import Journal, Ledger, Release
 KINDS = (Release(1.0, 0.1), Release(2.0, 0.1))
 
 
-def upcoming(number: int, count: int) -> list[tuple[Release, int]]:
-    """The releases ``number``, ``number + 1``, ...: the noise changes every 25 releases."""
-    return [(KINDS[(number + i) // 25 % 2], 1) for i in range(count)]
-
-
 def run(checkpoint: Path | None, directory: Path, made: Path, block: int | None, every: int) -> None:
     """Make releases for ever, and save a checkpoint every so many; add a byte to ``made`` after each release."""
     ledger, journal = Ledger(), Journal()
@@ -25,9 +20,8 @@ def run(checkpoint: Path | None, directory: Path, made: Path, block: int | None,
     save(ledger, journal, directory)
     witness = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     while True:
-        number = ledger.num_releases
-        [(release, _)] = upcoming(number, 1)
-        journal.reserve(ledger, release, block=block, upcoming=lambda count, number=number: upcoming(number, count))
+        release = KINDS[ledger.num_releases // 25 % 2]
+        journal.reserve(ledger, release, block=block)
         ledger.book(release)
         os.write(witness, b"x")
         time.sleep(0.0002)

@@ -228,40 +228,11 @@ def test_after_a_death_the_count_is_exact(tmp_path, count):
 
 
 def test_what_is_taken_back_is_of_the_right_kind(tmp_path):
-    """The releases to come are known to differ: 2 of one kind, then 3, then 5 of others."""
-    ahead = [(Release(1.0, 0.1), 2), (Release(2.0, 0.1), 3), (Release(1.0, 0.1), 5)]
-    order = [kind for kind, count in ahead for _ in range(count)]
-    for made in range(1, 11):
-        journal, ledger, checkpoint = started(tmp_path)
-        writes = []
-        for kind in order[:made]:
-            journal.reserve(ledger, kind, block=10, upcoming=lambda most: ahead)
-            ledger.book(kind)
-            writes.append(journal_file(tmp_path, ledger).stat().st_ino)
-        assert len(set(writes)) == 1
-        del journal
-        found = resumed(checkpoint, tmp_path).counts
-        assert {kind: count for kind, count in found.items() if count} == {
-            kind: order[:made].count(kind) for kind in order[:made]
-        }
-
-
-def test_a_release_that_comes_differently_is_reserved_anew(tmp_path):
     journal, ledger, checkpoint = started(tmp_path)
-    for kind in (KINDS[0], KINDS[1], KINDS[1]):
-        journal.reserve(ledger, kind, block=3, upcoming=lambda most, kind=kind: [(kind, most)])
-        ledger.book(kind)
+    for kind, count in ((KINDS[0], 3), (KINDS[1], 2), (KINDS[0], 4)):
+        release(journal, ledger, count, kind.noise_multiplier, block=10)
     del journal
-    assert resumed(checkpoint, tmp_path).counts == {KINDS[0]: 1, KINDS[1]: 2}
-
-
-@pytest.mark.parametrize("runs", [[], [(KINDS[1], 1)], [(KINDS[0], 3), (KINDS[1], 1)]])
-def test_wrong_prediction(tmp_path, runs):
-    journal, ledger, _ = started(tmp_path)
-    with pytest.raises(PrivacyConfigurationError, match=r"upcoming\(3\) gives .*: expected at most so many"):
-        journal.reserve(ledger, KINDS[0], block=3, upcoming=lambda most: runs)
-    with pytest.raises(PrivacyConfigurationError, match="number of releases=0: expected an integer >= 1"):
-        journal.reserve(ledger, KINDS[0], block=3, upcoming=lambda most: [(KINDS[0], 0)])
+    assert resumed(checkpoint, tmp_path).counts == {KINDS[0]: 7, KINDS[1]: 2}
 
 
 def other_boot(record: bytes) -> bytes:
@@ -581,11 +552,11 @@ def test_a_child_that_outlives_the_process_does_not_keep_it_alive(tmp_path):
     ("ahead", "why"),
     [
         ({"own": "a"}, "does not say"),
-        ({"own": 3, "ahead": []}, "does not say"),
-        ({"own": "a", "ahead": [3]}, "no list of releases"),
-        ({"own": "a", "ahead": [KINDS[0].as_row(4)]}, "more is reserved than there is"),
-        ({"own": "a", "ahead": [KINDS[1].as_row(1)]}, "more is reserved than there is"),
-        ({"own": "b", "ahead": [KINDS[0].as_row(1)]}, "more is reserved than there is"),
+        ({"own": 3, "ahead": None}, "does not say"),
+        ({"own": "a", "ahead": [3]}, "no number of releases"),
+        ({"own": "a", "ahead": KINDS[0].as_row(4)}, "more is reserved than there is"),
+        ({"own": "a", "ahead": KINDS[1].as_row(1)}, "more is reserved than there is"),
+        ({"own": "b", "ahead": KINDS[0].as_row(1)}, "more is reserved than there is"),
     ],
 )
 def test_corrupt_reservation_is_not_ignored(tmp_path, ahead, why):
