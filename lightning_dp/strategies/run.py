@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Journal, Ledger
 from lightning_dp.budget import PrivacyBudget
-from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader
+from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
 from lightning_dp.errors import PrivacyError
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
@@ -51,8 +51,9 @@ class PrivateRun:
         self._schedule: Schedule | None = None
         self._budget: PrivacyBudget | None = None
         self._terms: Terms | None = None
-        # The terms under which something was released, and how much had been when the present terms were settled.
-        self._agreed: Terms | None = None
+        # The terms under which something was released, by partition, the latest last; and how much had been when the
+        # present terms were settled.
+        self._agreed: dict[str | None, Terms] = {}
         self._released_before = 0
         self._journal = Journal()
         self._noise, self._sampling = SecretRandom(), SecretRandom()
@@ -101,22 +102,21 @@ class PrivateRun:
             PrivacyConfigurationError: If the dataloader, the settings and the trainer do not go together.
         """
         user = self._user = check_dataloader(dataloader)
-        units = self._units = ExampleUnits(len(user.dataset))  # type: ignore[arg-type]
-        if self.ledger.num_releases > self._released_before:
-            self._agreed, self._released_before = self._terms, self.ledger.num_releases
+        units = self._units = units_of(user.dataset)
+        self._agreed, self._released_before = self._agreed_by_now, self.ledger.num_releases
         module, optimizers = trainer.lightning_module, len(trainer.strategy.optimizers)
         manual = not module.automatic_optimization
         self.settle(trainer, world_size, steps_per_draw=max(1, optimizers), announce=not manual)
-        size = self.settings.physical_batch_size(user.batch_size or 1)
+        size = self.settings.physical_batch_size(user.batch_size or 1, units)
         if manual:
-            size = self.settings.undivided_batch_size(units.num_units, self.schedule.largest_rate)
+            size = self.settings.undivided_batch_size(units, self.schedule.largest_rate)
         self.loader = PoissonLoader(
             user,
             units,
             sample_rate=lambda step: self.schedule.at(step).sample_rate,
             first_step=lambda: trainer.global_step // max(1, optimizers),
             num_batches=len(user),
-            max_physical_batch_size=max(1, size // units.examples_per_unit),
+            max_physical_batch_size=size,
             random=self._sampling,
             constant_size=manual and optimizers > 1,
         )
@@ -144,7 +144,9 @@ class PrivateRun:
         settings, step = self.settings, trainer.global_step // steps_per_draw
         planned = planned_steps(trainer, len(self._user), steps_per_draw)
         terms = self._present_terms(settings.sample_rate(self._units, self._user.batch_size or 0, world_size))
-        before = self._agreed if self._agreed and self._agreed.partition == terms.partition else None
+        before = self._agreed.get(terms.partition)
+        if before is None and terms.partition is None and self._agreed:
+            before = list(self._agreed.values())[-1]  # of whom nothing is said may be of any partition
         self._schedule = settings.plan(
             terms, before, self.ledger, step=step, planned_steps=planned, releases_per_draw=releases_per_draw
         )
@@ -164,8 +166,8 @@ class PrivateRun:
 
     def _present_terms(self, sample_rate: float) -> Terms:
         delta = self.settings.delta(self._units)
-        if self._agreed and self.settings.target_delta is None:
-            delta = min(delta, self._agreed.delta)  # a default one must suit every dataset that was released from
+        if self.settings.target_delta is None:  # a default one must suit every dataset that was released from
+            delta = min([delta, *(agreed.delta for agreed in self._agreed.values())])
         return Terms(
             num_units=self._units.num_units,
             unit=self._units.unit,
@@ -175,6 +177,14 @@ class PrivateRun:
             noise_multiplier=self.settings.noise_multiplier or 0.0,
             schedule=self.settings.schedule,
         )
+
+    @property
+    def _agreed_by_now(self) -> dict[str | None, Terms]:
+        """The terms under which something was released by now."""
+        if self._terms is None or self.ledger.num_releases == self._released_before:
+            return self._agreed
+        others = {name: terms for name, terms in self._agreed.items() if name != self._terms.partition}
+        return {**others, self._terms.partition: self._terms}
 
     def mechanism_of(self, drawn: Drawn) -> Mechanism:
         """Return the mechanism by which a logical batch is to be released.
@@ -216,7 +226,7 @@ class PrivateRun:
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Put the ledger into a checkpoint that is about to be saved."""
-        terms = self._terms.state_dict() if self._terms else None
+        terms = [terms.state_dict() for terms in self._agreed_by_now.values()]
         checkpoint[_CHECKPOINT_KEY] = {"version": 2, "ledger": self.ledger.state_dict(), "terms": terms}
 
     def keep_journal_beside(self, path: Path) -> None:
@@ -228,8 +238,9 @@ class PrivateRun:
         """Count every release that a checkpoint and the journals beside it know of."""
         if _CHECKPOINT_KEY in checkpoint:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
-            terms = checkpoint[_CHECKPOINT_KEY]["terms"]
-            self._agreed = Terms.from_state(terms) if terms and self.ledger.num_releases else self._agreed
+            for terms in map(Terms.from_state, checkpoint[_CHECKPOINT_KEY]["terms"] or []):
+                self._agreed.pop(terms.partition, None)
+                self._agreed[terms.partition] = terms
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         self._journal.read(path.parent, self.ledger)

@@ -73,17 +73,28 @@ class PrivacySettings:
         self.resolved_clipping()
         self.resolved_accountant()
 
-    def physical_batch_size(self, batch_size: int) -> int:
-        """Return the most examples to process at a time, for a dataloader of this batch size."""
-        return 1 if self.clipping_engine == "loop" else self.max_physical_batch_size or batch_size
+    def physical_batch_size(self, batch_size: int, units: Units) -> int:
+        """Return the most units to process at a time, for a dataloader of this batch size.
 
-    def undivided_batch_size(self, num_units: int, sample_rate: float) -> int:
-        """Return the size of a batch that holds a whole logical batch, as manual optimization needs it.
+        Raises:
+            PrivacyConfigurationError: If not even one unit may be.
+        """
+        most, rows = self.max_physical_batch_size, units.examples_per_unit
+        if most is not None and most < rows:
+            raise PrivacyConfigurationError(
+                f"max_physical_batch_size={most} with examples_per_user={rows}: the examples of a user are clipped "
+                f"together, so they are in one physical batch. Use at least {rows}, or fewer examples_per_user."
+            )
+        return 1 if self.clipping_engine == "loop" else max(1, (most or batch_size) // rows)
+
+    def undivided_batch_size(self, units: Units, sample_rate: float) -> int:
+        """Return how many units a batch has that holds a whole logical batch, as manual optimization needs it.
 
         Raises:
             PrivacyConfigurationError: If the settings divide logical batches.
         """
-        size = largest_draw(num_units, sample_rate)
+        draw = largest_draw(units.num_units, sample_rate)
+        size = draw * units.examples_per_unit
         if self.clipping_engine == "loop" or (self.max_physical_batch_size or size) < size:
             limit = "clipping_engine='loop'"
             if self.clipping_engine == "book":
@@ -93,7 +104,7 @@ class PrivacySettings:
                 f"a whole logical batch, of up to {size} samples here. Leave the setting out, or use automatic "
                 "optimization."
             )
-        return size
+        return draw
 
     def resolved_clipping(self) -> Clipping:
         """Return the clipping that the arguments name."""
@@ -149,16 +160,18 @@ class PrivacySettings:
 
         Args:
             terms: Of this fit; its noise multiplier counts only if the user gave one.
-            before: Under which something was released from the same data; ``None`` if nothing was.
+            before: Under which something was released from data that may have units in common; ``None`` if nothing was,
+                or if the data is of a new partition.
             ledger: Releases made before.
             step: The step that comes next.
             planned_steps: Logical batches planned in all, from step 0 on; ``None`` if the trainer has no limit.
             releases_per_draw: Noisy gradients released from one logical batch.
 
         Raises:
-            PrivacyConfigurationError: If batch size, noise, target and steps do not go together, or if the terms have
-                changed and the user did not say that they may.
+            PrivacyConfigurationError: If batch size, noise, target and steps do not go together, if the terms have
+                changed and the user did not say that they may, or if the unit has.
         """
+        _check_unit(terms.unit, ledger)
         changes = terms.differences(before, noise_is_given=self.noise_multiplier is not None) if before else []
         self._check_changes(changes, ledger)
         remaining = None if planned_steps is None else max(1, planned_steps - step)
@@ -236,6 +249,16 @@ class PrivacySettings:
             f"{self.noise_multiplier:g} at sample rate {planned.at(step).sample_rate:.4g}, which spends epsilon "
             f"{first:.4g} at delta {delta:.3g}. Use noise_multiplier={enough:.4g} for {remaining} step(s), or a "
             f"target_epsilon of at least {first:.4g}."
+        )
+
+
+def _check_unit(unit: str, ledger: Ledger) -> None:
+    """Refuse releases about examples and about users in one ledger, whatever the user said of changes."""
+    for other in {release.unit for release in ledger.counts} - {unit}:
+        raise PrivacyConfigurationError(
+            f"privacy is now per {unit} and was per {other} in the {ledger.num_releases} releases made before: there "
+            f"is no one claim that covers both. Begin a new run, or go on per {other}: PrivateDataset(user_ids=...) "
+            "makes it per user."
         )
 
 
