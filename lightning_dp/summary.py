@@ -12,6 +12,8 @@ from rich.table import Table
 
 from lightning_dp.strategies import DPStrategy
 
+_UNITS = {"example": "training example", "user": "user with all their examples"}
+
 
 def print_summary(strategy: DPStrategy, metrics: Mapping[str, float] | None = None) -> None:
     """Print what a private fit spent, and what it reached.
@@ -35,5 +37,5 @@ def _rows(strategy: DPStrategy) -> dict[str, str]:
         "steps (noisy releases)": f"{strategy.num_releases}",
         "noise multiplier": f"{strategy.noise_multiplier:.4g}",
         "sample rate": f"{strategy.sample_rate:.4g}",
-        "holds for": "adding or removing one training example",
+        "holds for": f"adding or removing one {_UNITS[strategy.unit or 'example']}",
     }
