@@ -221,11 +221,12 @@ class PrivateRun:
             _log.warning("noise_multiplier=0: this run is NOT private, its epsilon is infinite.")
         if self.settings.noise_multiplier is not None or self.ledger.num_releases:
             return
-        several = mechanism.releases_per_draw
+        several, stages = mechanism.releases_per_draw, len(self.settings.schedule)
         rank_zero_info(
             f"Privacy: noise_multiplier {mechanism.noise_multiplier:.4g} calibrated to epsilon "
             f"{budget.target_epsilon:g} at delta {budget.delta:.3g} for {budget.planned_steps} steps"
-            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}."
+            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}"
+            f"{f', both varied in {stages} stages' if stages else ''}."
         )
 
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
