@@ -6,6 +6,7 @@ Owns: the comparison of the ledger with the target, and the order of booking. Do
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from lightning_dp.accounting import (
@@ -14,6 +15,7 @@ from lightning_dp.accounting import (
     Histories,
     Journal,
     Ledger,
+    cross_checked,
     epsilon_curve,
     greatest_epsilon,
     histories,
@@ -73,13 +75,33 @@ class PrivacyBudget:
         return self._first_step + self._made
 
     @property
+    def _planned(self) -> int | None:
+        return None if self.planned_steps is None else max(0, self.planned_steps - self._first_step)
+
+    @property
     def _made(self) -> int:
         return self._ledger.num_releases - self._num_before
 
     @property
     def epsilon(self) -> float:
-        """What all releases so far have spent: an upper bound, in nats."""
-        return greatest_epsilon(self.accountant, self._ledger.histories(), self.delta)
+        """What all releases so far have spent: an upper bound, in nats; cross-checked where that is possible."""
+        return greatest_epsilon(cross_checked(self.accountant), self._ledger.histories(), self.delta)
+
+    def trusted_accountant(self) -> Accountant:
+        """The accountant that may decide: a second one, if of the planned end that says more than the first one does.
+
+        Epsilon grows with every step, so what is reported then exceeds the target at no earlier step either.
+        """
+        ends = [end for end in (self._planned, self._allowed) if end is not None]
+        checked, limit = (
+            cross_checked(self.accountant),
+            math.inf if self.target_epsilon is None else self.target_epsilon,
+        )
+        for phases in self._histories(min(ends, default=1)):
+            trusted = checked.trusted(phases, self.delta, limit)
+            if trusted is not self.accountant:
+                return trusted
+        return self.accountant
 
     @property
     def epsilon_at_most(self) -> float:
@@ -107,7 +129,7 @@ class PrivacyBudget:
         Raises:
             PrivacyBudgetExceeded: Before anything is computed for it.
         """
-        if step is not None and step != self.step:  # a batch was skipped
+        if step is not None and step != self.step and self._schedule.varies:  # a batch was skipped
             self._begin_at(step)
         if self.releases_left == 0:
             raise PrivacyBudgetExceeded(
@@ -145,7 +167,7 @@ class PrivacyBudget:
         )
 
     def _extend_table(self) -> None:
-        planned = self.planned_steps - self._first_step if self.planned_steps else _FIRST_HORIZON
+        planned = self._planned or _FIRST_HORIZON
         expected = planned if self._allowed is None else min(planned, self._allowed)
         self._horizon = max(1, expected, 4 * self._horizon)
         steps, epsilons = epsilon_curve(self.accountant, self._histories, num_steps=self._horizon, delta=self.delta)

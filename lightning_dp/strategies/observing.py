@@ -43,6 +43,7 @@ class Observer:
         self._module, self._loader, self._trial, self._mean_loss = module, loader, trial, mean_loss
         self._index: dict[str, int] = {}
         self._written: set[str] = set()
+        self.num_checked = 0
 
     def rehearse(self, trial: ManualTrial) -> tuple[list[Optimizer], set[Optimizer]]:
         """Find out which optimizers step, and which of them do so by gradients that do not depend on the samples."""
@@ -98,6 +99,7 @@ class Observer:
         )
         with undisturbed(self._module):
             self_check(subject)
+        self.num_checked = len(self._index)
 
     def _check_not_written(self) -> None:
         for name in self._written:

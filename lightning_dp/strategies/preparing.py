@@ -18,6 +18,7 @@ from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.manual import ManualStepping
 from lightning_dp.strategies.observing import Observer
+from lightning_dp.strategies.record import training_record
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.stepping import AutomaticStepping, Stepping
 from lightning_dp.strategies.trials import AutomaticTrial, ManualTrial
@@ -91,6 +92,7 @@ def prepare(
     loops = run.settings.clipping_engine == "loop" and module.automatic_optimization
     keeping = (LoopKeeping if loops else BookKeeping)(found.trained, found.others)
     found.observer.observe(keeping, found.trained, check=run.settings.self_check)
+    run.training = training_record(module, run, found, keeping)
     if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
         return _prepare_manual(module, run, keeping, found, found.trial)
     return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.book), frozenset())

@@ -17,15 +17,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Journal, Ledger
+from lightning_dp.accounting import Accountant, Journal, Ledger
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
 from lightning_dp.errors import PrivacyError
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
+from lightning_dp.private_statistics import PrivateStatistics
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.planning import planned_steps
+from lightning_dp.strategies.record import earlier_training, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.terms import Terms
 
@@ -56,7 +59,9 @@ class PrivateRun:
         self._agreed: dict[str | None, Terms] = {}
         self._released_before = 0
         self._journal = Journal()
+        self.training: TrainingRecord | None = None
         self._noise, self._sampling = SecretRandom(), SecretRandom()
+        self.statistics = PrivateStatistics() if settings.private_statistics else None
 
     @property
     def budget(self) -> PrivacyBudget:
@@ -144,23 +149,38 @@ class PrivateRun:
         settings, step = self.settings, trainer.global_step // steps_per_draw
         planned = planned_steps(trainer, len(self._user), steps_per_draw)
         terms = self._present_terms(settings.sample_rate(self._units, self._user.batch_size or 0, world_size))
+        settings.check_filter(terms, self._agreed.values(), self.ledger)
         before = self._agreed.get(terms.partition)
         if before is None and terms.partition is None and self._agreed:
             before = list(self._agreed.values())[-1]  # of whom nothing is said may be of any partition
-        self._schedule = settings.plan(
-            terms, before, self.ledger, step=step, planned_steps=planned, releases_per_draw=releases_per_draw
-        )
+
+        def settled(accountant: Accountant) -> tuple[Schedule, PrivacyBudget]:
+            schedule = settings.plan(
+                terms,
+                before,
+                self.ledger,
+                accountant,
+                step=step,
+                planned_steps=planned,
+                releases_per_draw=releases_per_draw,
+            )
+            budget = PrivacyBudget(
+                schedule,
+                accountant,
+                self.ledger,
+                self._journal,
+                delta=terms.delta,
+                target_epsilon=settings.target_epsilon,
+                planned_steps=planned,
+                step=step,
+            )
+            return schedule, budget
+
+        accountant = settings.accountant_for(terms.delta)
+        schedule, budget = settled(accountant)
+        trusted = budget.trusted_accountant()
+        self._schedule, self._budget = (schedule, budget) if trusted is accountant else settled(trusted)
         self._terms = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
-        self._budget = PrivacyBudget(
-            self._schedule,
-            settings.resolved_accountant(),
-            self.ledger,
-            self._journal,
-            delta=terms.delta,
-            target_epsilon=settings.target_epsilon,
-            planned_steps=planned,
-            step=step,
-        )
         if announce:
             self._announce(self._schedule.base, self._budget)
 
@@ -176,6 +196,7 @@ class PrivateRun:
             delta=delta,
             noise_multiplier=self.settings.noise_multiplier or 0.0,
             schedule=self.settings.schedule,
+            filter_target=self.settings.target_epsilon if self.settings.resolved_accountant().adaptive else None,
         )
 
     @property
@@ -222,12 +243,18 @@ class PrivateRun:
 
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
         """Return the buffers for these parameters."""
-        return PrivateStep(trained, self._noise, mean_loss=self.settings.loss_reduction == "mean")
+        mean_loss = self.settings.loss_reduction == "mean"
+        return PrivateStep(trained, self._noise, mean_loss=mean_loss, statistics=self.statistics)
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Put the ledger into a checkpoint that is about to be saved."""
         terms = [terms.state_dict() for terms in self._agreed_by_now.values()]
-        checkpoint[_CHECKPOINT_KEY] = {"version": 2, "ledger": self.ledger.state_dict(), "terms": terms}
+        state = {"version": 2, "ledger": self.ledger.state_dict(), "terms": terms}
+        checkpoint[_CHECKPOINT_KEY] = {**state, **plain_record(self)}
+
+    def record(self) -> Record | None:
+        """Return the facts about this run, for reports; ``None`` before it has seen its training data."""
+        return record_of(self)
 
     def keep_journal_beside(self, path: Path) -> None:
         """Keep the journal beside a checkpoint that was saved, if that is a local directory."""
@@ -241,6 +268,7 @@ class PrivateRun:
             for terms in map(Terms.from_state, checkpoint[_CHECKPOINT_KEY]["terms"] or []):
                 self._agreed.pop(terms.partition, None)
                 self._agreed[terms.partition] = terms
+            self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         self._journal.read(path.parent, self.ledger)

@@ -6,10 +6,11 @@ Owns: the meaning of the arguments: delta, sample rate, number of steps, calibra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lightning_dp.accounting import Accountant, Ledger, calibrate, greatest_epsilon, resolve_accountant
+from lightning_dp.accounting.delta import delta_for
 from lightning_dp.clipping import Clipping, resolve_clipping
 from lightning_dp.data import Units, largest_draw
 from lightning_dp.errors import PrivacyConfigurationError
@@ -32,12 +33,13 @@ class PrivacySettings:
     max_grad_norm: float
     clipping: str
     max_physical_batch_size: int | None
-    accountant: str
+    accountant: str | Accountant
     loss_reduction: str
     self_check: bool
     clipping_engine: str
     schedule: tuple[Stage, ...] = ()
     changed_settings: str = "refuse"
+    private_statistics: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments that can be checked without model and data."""
@@ -71,7 +73,11 @@ class PrivacySettings:
                 f"max_physical_batch_size={size!r}: expected a positive integer, or None for the loader's batch_size."
             )
         self.resolved_clipping()
-        self.resolved_accountant()
+        if self.resolved_accountant().adaptive and self.target_epsilon is None:
+            raise PrivacyConfigurationError(
+                f"accountant={self.accountant!r} without target_epsilon: a filter is fixed by its target before the "
+                "first release. Give target_epsilon."
+            )
 
     def physical_batch_size(self, batch_size: int, units: Units) -> int:
         """Return the most units to process at a time, for a dataloader of this batch size.
@@ -114,21 +120,18 @@ class PrivacySettings:
         """Return the accountant that the arguments name."""
         return resolve_accountant(self.accountant)
 
+    def accountant_for(self, delta: float) -> Accountant:
+        """Return that accountant, with what it fixes by the target before the first release."""
+        accountant = self.resolved_accountant()
+        return accountant if self.target_epsilon is None else accountant.for_target(self.target_epsilon, delta)
+
     def delta(self, units: Units) -> float:
         """Return delta for N units: as given, else 1 / (10 N).
 
         Raises:
             PrivacyConfigurationError: If it is 1/N or more.
         """
-        num_units = units.num_units
-        delta = self.target_delta if self.target_delta is not None else 1 / (10 * num_units)
-        if delta >= 1 / num_units:
-            raise PrivacyConfigurationError(
-                f"target_delta={delta:g} with N={num_units} training {units.unit}s: expected less than 1/N = "
-                f"{1 / num_units:g}, since a mechanism that publishes one random {units.unit} has delta = 1/N. "
-                f"Try {1 / (10 * num_units):.1g}."
-            )
-        return delta
+        return delta_for(self.target_delta, units.num_units, units.unit)
 
     def sample_rate(self, units: Units, batch_size: int, world_size: int) -> float:
         """Return q for a dataloader whose batch size is the expected number of examples in one process.
@@ -151,6 +154,7 @@ class PrivacySettings:
         terms: Terms,
         before: Terms | None,
         ledger: Ledger,
+        accountant: Accountant,
         *,
         step: int,
         planned_steps: int | None,
@@ -163,6 +167,7 @@ class PrivacySettings:
             before: Under which something was released from data that may have units in common; ``None`` if nothing was,
                 or if the data is of a new partition.
             ledger: Releases made before.
+            accountant: Whose epsilon counts.
             step: The step that comes next.
             planned_steps: Logical batches planned in all, from step 0 on; ``None`` if the trainer has no limit.
             releases_per_draw: Noisy gradients released from one logical batch.
@@ -191,11 +196,30 @@ class PrivacySettings:
 
         if self.noise_multiplier is not None:
             planned = schedule(float(self.noise_multiplier))
-            self._check_first_step(planned, schedule, ledger, terms.delta, step, remaining or 1)
+            self._check_first_step(planned, schedule, ledger, accountant, terms.delta, step, remaining or 1)
             return planned
         if before is not None and not changes:
             return schedule(before.noise_multiplier)  # one budget, one noise
-        return schedule(self._calibrated(schedule, ledger, terms.delta, step, remaining))
+        return schedule(self._calibrated(schedule, ledger, accountant, terms.delta, step, remaining))
+
+    def check_filter(self, terms: Terms, agreed: Iterable[Terms], ledger: Ledger) -> None:
+        """Refuse another target for an adaptive accountant, whatever the user said of changes.
+
+        Args:
+            terms: Of this fit.
+            agreed: All terms under which something was released, whatever the data.
+            ledger: Releases made before.
+
+        Raises:
+            PrivacyConfigurationError: If one of them has another target.
+        """
+        for before in agreed:
+            if terms.filter_target != before.filter_target:
+                raise PrivacyConfigurationError(
+                    f"target_epsilon={terms.filter_target} of accountant='rdp_filter' was {before.filter_target} in "
+                    f"the {ledger.num_releases} releases made before: a filter holds for the target that was fixed "
+                    "before the first release. Keep target and accountant, or begin a new run."
+                )
 
     def _check_changes(self, changes: list[str], ledger: Ledger) -> None:
         if changes and self.changed_settings == "refuse":
@@ -209,6 +233,7 @@ class PrivacySettings:
         self,
         schedule: Callable[[float], Schedule],
         ledger: Ledger,
+        accountant: Accountant,
         delta: float,
         step: int,
         remaining: int | None,
@@ -221,8 +246,8 @@ class PrivacySettings:
                 "max_steps=-1. Give the Trainer max_epochs or max_steps, or give noise_multiplier to DPStrategy."
             )
         return calibrate(
-            self.resolved_accountant(),
-            lambda noise: ledger.histories(schedule(noise).releases(step, remaining)),
+            accountant,
+            lambda noise: ledger.concerning(schedule(noise).releases(step, remaining)),
             target_epsilon=self.target_epsilon,
             delta=delta,
         )
@@ -232,6 +257,7 @@ class PrivacySettings:
         planned: Schedule,
         schedule: Callable[[float], Schedule],
         ledger: Ledger,
+        accountant: Accountant,
         delta: float,
         step: int,
         remaining: int,
@@ -239,11 +265,10 @@ class PrivacySettings:
         """Refuse a budget that does not allow a single step, and say what would."""
         if self.target_epsilon is None or ledger.num_releases:
             return
-        accountant = self.resolved_accountant()
         first = greatest_epsilon(accountant, ledger.histories(planned.releases(step, 1)), delta)
         if first <= self.target_epsilon:
             return
-        enough = self._calibrated(schedule, ledger, delta, step, remaining)
+        enough = self._calibrated(schedule, ledger, accountant, delta, step, remaining)
         raise PrivacyConfigurationError(
             f"target_epsilon={self.target_epsilon:g} is too small for a single step with noise_multiplier="
             f"{self.noise_multiplier:g} at sample rate {planned.at(step).sample_rate:.4g}, which spends epsilon "

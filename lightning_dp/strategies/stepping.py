@@ -129,7 +129,9 @@ class AutomaticStepping(Stepping):
         with self._keeping.recording():
             run()
         # Before the hook on_after_backward, which must not see a gradient without noise.
-        self._step.collect(self._keeping.close(), self._num_real)
+        book = self._keeping.close()
+        self._step.collect(book, self._num_real)
+        self._step.note_loss(loss, book.num_samples, self._num_real)
 
     def release(self, optimizer: Optimizer, result: Any) -> None:
         """Release the noisy gradient of the logical batch.

@@ -26,6 +26,7 @@ class Terms:
         delta: That epsilon is for.
         noise_multiplier: Of each release, without a schedule.
         schedule: Its stages.
+        filter_target: The target of an adaptive accountant, in nats; ``None`` with any other one.
     """
 
     num_units: int
@@ -35,6 +36,7 @@ class Terms:
     delta: float
     noise_multiplier: float
     schedule: tuple[Stage, ...] = ()
+    filter_target: float | None = None
 
     def differences(self, before: Terms, *, noise_is_given: bool) -> list[str]:
         """Say what is other than before.

@@ -248,3 +248,13 @@ def test_parameters_frozen_in_the_middle_are_one_run():
 def test_malformed_terms(state):
     with pytest.raises(PrivacyError, match="the terms of the fit in this checkpoint cannot be read"):
         Terms.from_state(state)
+
+
+def test_without_a_schedule_a_skipped_batch_costs_no_search(monkeypatch):
+    dp = ldp.DPStrategy(noise_multiplier=1.0, target_epsilon=50.0, target_delta=1e-3)
+    trainer(dp, max_steps=1).fit(Regression(), loader())
+    monkeypatch.setattr(type(dp.budget), "_further_releases", lambda self: pytest.fail("searched"))
+    left = dp.budget.releases_left
+    dp.budget.book(40)
+    assert dp.budget.releases_left == left - 1
+    assert counted(dp) == [(0.25, 1.0, 2)]
