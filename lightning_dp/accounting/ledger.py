@@ -84,6 +84,17 @@ class Ledger:
         counts.update(more or {})
         return histories(counts)
 
+    def concerning(self, more: Mapping[Release, int]) -> tuple[tuple[Phase, ...], ...]:
+        """What units can have taken part in that releases to come concern; those of other partitions are left out.
+
+        Args:
+            more: Releases to come, which are counted too.
+        """
+        named = {release.partition for release in more}
+        counts = Counter(more)
+        counts.update({r: n for r, n in self.counts.items() if None in named or r.partition in (None, *named)})
+        return histories(counts)
+
     @property
     def num_releases(self) -> int:
         """The number of all releases."""

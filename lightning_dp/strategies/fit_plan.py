@@ -6,6 +6,7 @@ searches (``accounting``), the comparison of terms (``terms``), or the steps the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_dp.accounting import Accountant, Journal, Ledger, calibrate, greatest_epsilon
@@ -24,8 +25,7 @@ class FitPlan:
     Args:
         settings: The arguments of the strategy.
         terms: Of this fit; its noise multiplier counts only if the user gave one.
-        before: Under which something was released from data that may have units in common; ``None`` if nothing was, or
-            if the data is of a new partition.
+        agreed: Terms under which something was released, by partition, the latest last.
         ledger: Releases made before.
         step: The step that comes next.
         planned_steps: Logical batches planned in all, from step 0 on; ``None`` if the trainer has no limit.
@@ -34,11 +34,21 @@ class FitPlan:
 
     settings: PrivacySettings
     terms: Terms
-    before: Terms | None
+    agreed: Mapping[str | None, Terms]
     ledger: Ledger
     step: int
     planned_steps: int | None
     releases_per_draw: int = 1
+
+    @property
+    def before(self) -> Terms | None:
+        """The terms under which something was released from data that may have units in common; ``None`` without any.
+
+        Data of which nothing is said may be of any partition.
+        """
+        same = self.agreed.get(self.terms.partition)
+        anywhere = self.terms.partition is None and self.agreed
+        return list(self.agreed.values())[-1] if same is None and anywhere else same
 
     def settled(self, accountant: Accountant, journal: Journal) -> tuple[Schedule, PrivacyBudget]:
         """Return the mechanisms and the budget of the fit.
@@ -77,7 +87,7 @@ class FitPlan:
         return self._calibrated(accountant)
 
     def _check(self, changes: list[str]) -> None:
-        made, before = self.ledger.num_releases, self.before
+        made = self.ledger.num_releases
         for unit in {release.unit for release in self.ledger.counts} - {self.terms.unit}:
             raise PrivacyConfigurationError(
                 f"privacy is now per {self.terms.unit} and was per {unit} in the {made} releases made before: there is "
@@ -90,11 +100,12 @@ class FitPlan:
                 "DPStrategy(changed_settings='new_phase') to have what follows accounted as another phase: earlier "
                 "releases count in any case, and noise that is not given is calibrated to what is left of the budget."
             )
-        if before is not None and self.terms.filter_target != before.filter_target:
+        target = self.terms.filter_target
+        for fixed in {terms.filter_target for terms in self.agreed.values()} - {target}:
             raise PrivacyConfigurationError(
-                f"target_epsilon={self.terms.filter_target} of accountant='rdp_filter' was {before.filter_target} in "
-                f"the {made} releases made before: a filter holds for the target that was fixed before the first "
-                "release. Keep target and accountant, or begin a new run."
+                f"target_epsilon={target} of accountant='rdp_filter' was {fixed} in the {made} releases made before: a "
+                "filter holds for the target that was fixed before the first release. Keep target and accountant, or "
+                "begin a new run."
             )
 
     def _calibrated(self, accountant: Accountant) -> float:

@@ -150,13 +150,10 @@ class PrivateRun:
         settings, step = self.settings, trainer.global_step // steps_per_draw
         planned = planned_steps(trainer, len(self._user), steps_per_draw)
         terms = self._present_terms(settings.sample_rate(self._units, self._user.batch_size or 0, world_size))
-        before = self._agreed.get(terms.partition)
-        if before is None and terms.partition is None and self._agreed:
-            before = list(self._agreed.values())[-1]  # of whom nothing is said may be of any partition
         planning = FitPlan(
             settings=settings,
             terms=terms,
-            before=before,
+            agreed=self._agreed,
             ledger=self.ledger,
             step=step,
             planned_steps=planned,

@@ -56,7 +56,7 @@ class Terms:
             if not math.isclose(now, then, rel_tol=1e-9)
         ]
         if self.partition != before.partition:
-            found.append(f"the training data is of partition {self.partition} and was of {before.partition!r}")
+            found.append(f"the partition of the training data is now {self.partition!r} and was {before.partition!r}")
         return found + ["the schedule is another"] * (self.schedule != before.schedule)
 
     def state_dict(self) -> dict[str, Any]:
