@@ -10,7 +10,9 @@ from lightning_dp.errors import (
     PrivacyError,
     UnsupportedModelError,
 )
+from lightning_dp.forecasting import forecast
 from lightning_dp.losses import per_sample_mean
+from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
 
 __version__ = "0.1.0"
@@ -24,9 +26,11 @@ __all__ = [
     "PrivacyError",
     "PrivacyMonitor",
     "PrivacyReport",
+    "Stage",
     "UnsupportedModelError",
     "calibrate_noise_multiplier",
     "compute_epsilon",
+    "forecast",
     "max_steps",
     "per_sample_mean",
     "plan",

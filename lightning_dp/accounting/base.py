@@ -1,7 +1,7 @@
 """The accountant: an upper bound on epsilon for a history of releases.
 
 Owns: the abstract :class:`Accountant` and the cases every accountant answers alike. Does not own: any particular bound
-(``rdp``, ``prv``), nor the search for a noise multiplier or a number of steps (``calibration``).
+(``rdp``, ``prv``, ``pld``, ``filter``), nor the search for a noise multiplier or a number of steps (``calibration``).
 
 A history is ``(epsilon, delta)``-differentially private if ``sup_S P[M(D) in S] - e^epsilon P[M(D') in S] <= delta``
 for all neighbouring ``D, D'`` (Dwork et al. 2006), here: one is the other plus one example.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from scipy.special import erf
 
-from lightning_dp.accounting.phases import Phase, check_delta, merge_phases
+from lightning_dp.accounting.phases import Phase, check_delta, check_target_epsilon, merge_phases
 
 
 class Accountant(ABC):
@@ -22,19 +22,40 @@ class Accountant(ABC):
     Guarantee:
         ``epsilon(phases, delta)`` is at least the true epsilon of the composition of all phases at ``delta``, under
         adding or removing one example, provided that (1) every logical batch is a fresh Poisson sample, (2) noise and
-        clipping are as the phases say, (3) noise, rate and number of releases do not depend on what was released.
+        clipping are as the phases say, (3) noise, rate and number of releases do not depend on what was released,
+        unless the accountant is ``adaptive``.
 
         ============================== =========
         case                           epsilon
         ============================== =========
         no release                     0
         any release with noise 0       ``inf``
-        total variation below delta    0
+        total variation below delta    0, unless ``adaptive``
         ============================== =========
     """
 
     name: str
     """What the user writes to choose it."""
+
+    adaptive: bool = False
+    """Whether noise and rate of a release may depend on all results before it, up to a target fixed beforehand."""
+
+    def for_target(self, target_epsilon: float, delta: float) -> "Accountant":
+        """The accountant to use with a target; this one, unless it has something to fix beforehand.
+
+        Args:
+            target_epsilon: In nats, above 0.
+            delta: In (0, 1).
+
+        Returns:
+            An accountant that depends on the two numbers alone, so that a resumed run finds the same.
+
+        Raises:
+            PrivacyConfigurationError: If an argument is out of range.
+        """
+        check_target_epsilon(target_epsilon)
+        check_delta("delta", delta)
+        return self
 
     def epsilon(self, phases: Sequence[Phase], delta: float) -> float:
         """An upper bound on epsilon of everything in ``phases``.
@@ -53,7 +74,8 @@ class Accountant(ABC):
         merged = tuple(sorted(merge_phases(phases), key=lambda phase: phase.kind))
         if any(phase.noise_multiplier == 0 for phase in merged):
             return math.inf
-        if _total_variation(merged) <= delta:
+        # Not for an adaptive one: a filter watches one quantity, whichever way the run goes.
+        if not merged or (not self.adaptive and _total_variation(merged) <= delta):
             return 0.0
         return max(0.0, self._epsilon(merged, delta))
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dp.accounting.ledger import Ledger
-from lightning_dp.accounting.phases import Phase, check_count
+from lightning_dp.accounting.phases import check_count
+from lightning_dp.accounting.releases import Release
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 
 _PREFIX, _SUFFIX = "privacy-journal-", ".json"
@@ -54,31 +55,28 @@ class Journal:
         """
         self._directories.add(Path(directory).absolute())
 
-    def reserve(
-        self, ledger: Ledger, noise_multiplier: float, sample_rate: float, *, block: int = 1, cap: int | None = None
-    ) -> None:
+    def reserve(self, ledger: Ledger, release: Release, *, block: int = 1, cap: int | None = None) -> None:
         """Have the next release on disk, in every directory, before it is booked and made.
 
         Touches no disk while an earlier reservation covers that release.
 
         Args:
             ledger: The history, without the release to come.
-            noise_multiplier: Of the release to come.
-            sample_rate: Of the release to come.
+            release: The one to come.
             block: How many releases to reserve at once, at least 1; about 1 % of the planned steps.
             cap: How many releases of this kind the budget still allows, at least 1; ``None`` for no limit.
 
         Raises:
-            PrivacyConfigurationError: If ``block`` or ``cap`` is below 1, or noise or rate are out of range.
+            PrivacyConfigurationError: If ``block`` or ``cap`` is below 1.
             PrivacyError: If a file cannot be written; the release must not be made then.
         """
         ahead = _at_least_one("block", block)
         if cap is not None:
             ahead = min(ahead, _at_least_one("cap", cap))
-        needed = _extended(ledger, Phase(noise_multiplier, sample_rate, 1))
+        needed = _extended(ledger, release, 1)
         for directory in sorted(self._directories):
             if not _covers(self._written.get(directory), needed):
-                state = _extended(ledger, Phase(noise_multiplier, sample_rate, ahead))
+                state = _extended(ledger, release, ahead)
                 self._write(directory, ledger.own_segment, state)
 
     def close(self, ledger: Ledger) -> None:
@@ -146,21 +144,22 @@ def _at_least_one(name: str, value: int) -> int:
     return int(value)
 
 
-def _extended(ledger: Ledger, phase: Phase) -> dict[str, Any]:
-    """The ledger's state as if this process had made the releases of ``phase`` too."""
+def _extended(ledger: Ledger, release: Release, count: int) -> dict[str, Any]:
+    """The ledger's state as if this process had made so many releases more."""
     state = ledger.state_dict()
     rows = state["segments"][ledger.own_segment]
-    row = next((row for row in rows if tuple(row[:2]) == phase.kind), None)
+    row = next((row for row in rows if Release.from_row(row)[0] == release), None)
     if row is None:
-        rows.append([*phase.kind, phase.num_releases])
+        rows.append(release.as_row(count))
     else:
-        row[2] += phase.num_releases
+        row["num_releases"] += count
     return state
 
 
-def _counts(state: dict[str, Any]) -> dict[tuple[str, float, float], int]:
-    """The releases by process, noise and rate."""
-    return {(name, row[0], row[1]): row[2] for name, rows in state["segments"].items() for row in rows}
+def _counts(state: dict[str, Any]) -> dict[tuple[str, Release], int]:
+    """The releases by process and kind."""
+    rows = ((name, Release.from_row(row)) for name, rows in state["segments"].items() for row in rows)
+    return {(name, release): count for name, (release, count) in rows}
 
 
 def _covers(written: dict[str, Any] | None, needed: dict[str, Any]) -> bool:

@@ -4,20 +4,23 @@ Owns: the history of releases and its serialisation. Does not own: epsilon (``ba
 
 A ledger is a grow-only counter (Shapiro et al. 2011, specification 6): one segment per process that makes releases,
 only ever extended by that process, and two histories join by the greater count,
-``join(a, b)[segment, kind] = max(a[segment, kind], b[segment, kind])``, so that no order of loading loses a release.
+``join(a, b)[segment, release] = max(a[segment, release], b[segment, release])``, so that no order of loading loses a
+release.
 """
 
 import os
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_dp.accounting.phases import Kind, Phase, merge_phases
+from lightning_dp.accounting.phases import Phase, merge_phases
+from lightning_dp.accounting.releases import Release, histories
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 
-_VERSION = 1
+_VERSION = 2
 
-Segment = dict[Kind, int]
+Segment = dict[Release, int]
 
 
 class Ledger:
@@ -58,28 +61,36 @@ class Ledger:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """All releases, one phase for each distinct noise and rate."""
-        return merge_phases(
-            Phase(*kind, count) for segment in self._segments.values() for kind, count in segment.items()
-        )
+        return merge_phases(release.times(count) for release, count in self.counts.items())
+
+    @property
+    def counts(self) -> dict[Release, int]:
+        """How many releases of each kind there were, in order of first appearance."""
+        counts: dict[Release, int] = {}
+        for segment in self._segments.values():
+            for release, count in segment.items():
+                counts[release] = counts.get(release, 0) + count
+        return counts
+
+    def histories(self, more: Mapping[Release, int] | None = None) -> tuple[tuple[Phase, ...], ...]:
+        """What a unit can have taken part in: see :func:`~lightning_dp.accounting.releases.histories`.
+
+        Args:
+            more: Releases to come, which are counted too.
+        """
+        counts = Counter(self.counts)
+        counts.update(more or {})
+        return histories(counts)
 
     @property
     def num_releases(self) -> int:
         """The number of all releases."""
         return sum(sum(segment.values()) for segment in self._segments.values())
 
-    def book(self, noise_multiplier: float, sample_rate: float) -> None:
-        """Enter one release, before it is made.
-
-        Args:
-            noise_multiplier: Noise standard deviation divided by the sensitivity of the sum.
-            sample_rate: Probability with which an example entered the logical batch.
-
-        Raises:
-            PrivacyConfigurationError: If a value is out of range.
-        """
-        kind = Phase(noise_multiplier, sample_rate, 1).kind
+    def book(self, release: Release) -> None:
+        """Enter one release, before it is made."""
         own = self._segments[self.own_segment]
-        own[kind] = own.get(kind, 0) + 1
+        own[release] = own.get(release, 0) + 1
 
     def state_dict(self) -> dict[str, Any]:
         """The history as plain values that JSON keeps.
@@ -89,7 +100,8 @@ class Ledger:
         """
         self._segments.setdefault(self.own_segment, {})
         segments = {
-            name: [[*kind, count] for kind, count in segment.items()] for name, segment in self._segments.items()
+            name: [release.as_row(count) for release, count in segment.items()]
+            for name, segment in self._segments.items()
         }
         return {"version": _VERSION, "segments": segments}
 
@@ -104,8 +116,8 @@ class Ledger:
         """
         for name, loaded in _parse(state).items():
             segment = self._segments.setdefault(name, {})
-            for kind, count in loaded.items():
-                segment[kind] = max(count, segment.get(kind, 0))
+            for release, count in loaded.items():
+                segment[release] = max(count, segment.get(release, 0))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the history, but not the right to extend this process's segment."""
@@ -135,15 +147,17 @@ def _parse_name(name: object) -> str:
 
 
 def _parse_segment(name: str, rows: object) -> Segment:
-    """One segment: a list of ``[noise_multiplier, sample_rate, num_releases]``."""
+    """One segment: a list of rows of :class:`Release`."""
+    segment: Segment = {}
     try:
-        phases = merge_phases(Phase(*row) for row in rows)  # type: ignore[attr-defined]
+        for release, count in map(Release.from_row, rows):  # type: ignore[call-overload]
+            segment[release] = segment.get(release, 0) + count
     except (TypeError, PrivacyConfigurationError) as error:
         raise PrivacyError(
-            f"The privacy ledger is malformed: segment {name!r} is {_shown(rows)}, expected a list of "
-            f"[noise_multiplier, sample_rate, num_releases] ({error})"
+            f"The privacy ledger is malformed: segment {name!r} is {_shown(rows)}, expected a list of releases with "
+            f"their number ({error})"
         ) from error
-    return {phase.kind: phase.num_releases for phase in phases}
+    return segment
 
 
 def _shown(value: object) -> str:

@@ -9,7 +9,6 @@ log(12/d))) + d`` if ``d`` covers (Hoeffding) ``d/6`` for the rounding and as mu
 ``P[|sum Y_i| > L - eps_error]`` and twice ``sum_i P[|Y_i| > L]``. Here the last two are ``d/4`` each, by ``loss_tail``.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,12 +21,12 @@ from prv_accountant.domain import Domain
 from scipy.fft import irfft, next_fast_len, rfft
 
 from lightning_dp.accounting.base import Accountant
-from lightning_dp.accounting.gaussian import gaussian_epsilon
+from lightning_dp.accounting.fallback import Engine, NumericsError, least_epsilon
+from lightning_dp.accounting.gaussian import full_batch_epsilon, is_full
 from lightning_dp.accounting.losses import TruncatedLoss
 from lightning_dp.accounting.phases import Kind, Phase
+from lightning_dp.accounting.pld import dp_accounting_installed, pld_epsilon
 from lightning_dp.accounting.rdp import RDPAccountant, loss_tail
-
-logger = logging.getLogger("lightning_dp")
 
 # Error aimed at relative to epsilon, and on the first, coarse grid; larger where that would need too many points.
 _RELATIVE_ERROR, _COARSE_ERROR = 0.004, 0.02
@@ -36,8 +35,6 @@ _MOST_POINTS = 2**21
 _MOST_KINDS = 32
 _WIDEST = 600.0
 _LEAST_NOISE = 0.02
-# A rate this near 1 is treated as 1, which is larger and so safe: the support's lower edge is then lost in rounding.
-_FULL = 1 - 1e-6
 # Rounding in the Fourier transform grows into delta by so much per release and machine epsilon; measured: below 0.7.
 _ROUNDING = 8.0
 # Share of delta for the error of theorem 5.5, and for rounding of the single masses.
@@ -51,43 +48,49 @@ class PRVAccountant(Accountant):
 
     Guarantee:
         See :class:`Accountant`; no further precondition. Both directions of the neighbouring relation are composed and
-        the larger epsilon counts. Where the numerics cannot be trusted, the Renyi bound is returned and logged.
+        the larger epsilon counts. Where the numerics cannot be trusted, it is logged once, and another accountant
+        answers: "pld" if it is installed and its numerics hold, else "rdp".
 
         ======================================= ==========================
         case                                    how
         ======================================= ==========================
         all rates 1                             exact closed form
-        noise below 0.02, epsilon above ~300    Renyi
-        delta below what floats resolve         Renyi
-        more than 32 distinct noises and rates  Renyi
+        noise below 0.02, epsilon above ~300    another
+        delta below what floats resolve         another
+        more than 32 distinct noises and rates  another
         ======================================= ==========================
     """
 
     name = "prv"
 
     def _epsilon(self, phases: tuple[Phase, ...], delta: float) -> float:
-        if all(phase.sample_rate >= _FULL for phase in phases):
-            mu_squared = sum(phase.num_releases / phase.noise_multiplier**2 for phase in phases)
-            return gaussian_epsilon(math.sqrt(mu_squared), delta)
-        return _composed_epsilon(phases, delta)
+        exact = full_batch_epsilon(phases, delta)
+        return _fallback_epsilon(phases, delta) if exact is None else exact
 
 
 @lru_cache(maxsize=4096)
-def _composed_epsilon(phases: tuple[Phase, ...], delta: float) -> float:
-    """The lesser of the numerical and the Renyi bound; the latter alone if the numerics fail one of their checks."""
-    renyi = RDPAccountant().epsilon(phases, delta)
+def _fallback_epsilon(phases: tuple[Phase, ...], delta: float) -> float:
+    """The least bound of those that can be had; the other library is asked only where the numerics here fail."""
+    others = [Engine("pld", pld_epsilon)] if dp_accounting_installed() else []
+    return least_epsilon(phases, delta, [Engine("prv", prv_epsilon), *others])
+
+
+def prv_epsilon(phases: tuple[Phase, ...], delta: float) -> float:
+    """Epsilon by privacy random variables.
+
+    Args:
+        phases: Distinct, noisy, not empty.
+        delta: In (0, 1).
+
+    Returns:
+        An upper bound in nats.
+
+    Raises:
+        NumericsError: If it cannot be had; other arithmetic errors mean the same.
+    """
     buckets = tuple((phase.kind, _bucket(phase.num_releases)) for phase in phases)
     counts = [phase.num_releases for phase in phases]
-    try:
-        with np.errstate(all="ignore"):  # what is not finite is refused below
-            return min(renyi, max(engine.epsilon(counts) for engine in _engines(buckets, delta)))
-    except (_NumericsError, ArithmeticError, AssertionError, MemoryError, RuntimeError, ValueError) as error:
-        logger.info("Numerical accounting of %s gave way to the Renyi bound: %s", phases, error)
-        return renyi
-
-
-class _NumericsError(RuntimeError):
-    """The numerical bound cannot be had, or is not to be trusted."""
+    return max(engine.epsilon(counts) for engine in _engines(buckets, delta))
 
 
 def _bucket(count: int) -> int:
@@ -98,8 +101,9 @@ def _bucket(count: int) -> int:
 @lru_cache(maxsize=4)
 def _engines(buckets: tuple[tuple[Kind, int], ...], delta: float) -> tuple["_Engine", ...]:
     """The discretised losses for both directions, for up to so many releases of each kind."""
-    _require(len(buckets) <= _MOST_KINDS, f"{len(buckets)} distinct kinds of release")
-    phases = [Phase(noise, rate if rate < _FULL else 1.0, most) for (noise, rate), most in buckets]
+    _require(len(buckets) <= _MOST_KINDS, "too many distinct kinds of release", f"{len(buckets)}")
+    phases = [Phase(*kind, most) for kind, most in buckets]
+    phases = [Phase(phase.noise_multiplier, 1.0, phase.num_releases) if is_full(phase) else phase for phase in phases]
     _require(min(phase.noise_multiplier for phase in phases) >= _LEAST_NOISE, "too little noise for a grid")
     # By half the bucket, so that the error aimed at does not shrink on the way to the next, and epsilon only grows.
     halves = [Phase(*phase.kind, max(1, phase.num_releases // 2)) for phase in phases]
@@ -125,7 +129,7 @@ def _grid(phases: Sequence[Phase], delta: float, eps_error: float) -> _Grid:
     single = max(loss_tail([Phase(*phase.kind, 1)], delta_error / (8 * count)) for phase in phases)
     # A quarter is room for the shift that keeps the means, see `_Engine`.
     reach = 1.25 * max(single, loss_tail(phases, delta_error / 4) + eps_error)
-    _require(reach <= _WIDEST, f"privacy losses up to {reach:.3g}")
+    _require(reach <= _WIDEST, "privacy losses too large for a grid", f"up to {reach:.3g}")
     root = math.sqrt(count / 2 * math.log(12 / delta_error))
     mesh = max(eps_error / root, 2 * reach / _MOST_POINTS)
     size = 2 * next_fast_len(math.ceil(reach / mesh) + 2, real=True)
@@ -170,7 +174,7 @@ class _Engine:
     def _check_moment(self, count: int, losses: npt.NDArray[np.float64], masses: npt.NDArray[np.float64]) -> None:
         """``E[e^-loss]`` is 1 for every mechanism; a wrong mean or distribution shows here, ``count`` times."""
         defect = count * abs(math.log(float(np.dot(masses, np.exp(-losses)))))
-        _require(defect <= self._eps_error / 4, f"the moment of the discretised loss is off by {defect:.3g} in all")
+        _require(defect <= self._eps_error / 4, "the moment of the discretised loss is off", f"by {defect:.3g} in all")
 
     def epsilon(self, counts: Sequence[int]) -> float:
         """The upper bound on epsilon of so many releases of each kind."""
@@ -183,7 +187,7 @@ class _Engine:
         found = int(np.searchsorted(-deltas, -self._delta))
         if found == 0:
             return max(0.0, float(losses[0])) + self._eps_error
-        _require(found < len(losses), "delta drowns in rounding")
+        _require(found < len(losses), "delta drowns in rounding", f"{self._delta:.3g}")
         # Between two grid points delta(epsilon) = tail - e^epsilon other holds exactly.
         result = float(losses[0] + np.log((tail[found] - self._delta) / other[found])) + self._eps_error
         _require(math.isfinite(result), "no finite epsilon")
@@ -209,10 +213,10 @@ def _precision(count: int, delta: float) -> tuple[type, float]:
         rounding = _ROUNDING * count * float(np.finfo(real).eps)
         if rounding <= share * delta:
             return real, rounding
-    raise _NumericsError(f"rounding of {count} releases is not small against delta={delta:.3g}")
+    raise NumericsError("delta drowns in rounding", f"{delta:.3g}, {count} releases")
 
 
-def _require(condition: bool, what: str) -> None:
+def _require(condition: bool, reason: str, details: str = "") -> None:
     """Give up with a reason."""
     if not condition:
-        raise _NumericsError(what)
+        raise NumericsError(reason, details)

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 
 from lightning_dp.accounting.base import Accountant
 from lightning_dp.accounting.phases import Phase
@@ -24,7 +24,8 @@ Array = npt.NDArray[np.float64]
 # Small orders rule large epsilons and need fractions; large orders rule small epsilons and can be far apart.
 _FRACTIONS: Array = np.concatenate([1 + np.geomspace(1e-4, 0.1, 12), np.arange(1.15, 4, 0.1), np.arange(4.25, 12, 0.5)])
 _INTEGERS: Array = np.unique(np.concatenate([np.arange(2, 64), np.round(np.geomspace(64, 32768, 30))]))
-_ORDERS: Array = np.concatenate([_FRACTIONS, _INTEGERS])
+ORDERS: Array = np.concatenate([_FRACTIONS, _INTEGERS])
+"""The orders at which divergences are computed; fractions first, each part increasing."""
 # Below this noise the quadrature for fractions would need too many nodes; cruder bounds serve as well there.
 _LEAST_QUADRATURE_NOISE = 0.03
 
@@ -40,8 +41,19 @@ class RDPAccountant(Accountant):
 
     def _epsilon(self, phases: tuple[Phase, ...], delta: float) -> float:
         divergences = composed_divergences(phases)
-        candidates = divergences + np.log1p(-1 / _ORDERS) - (math.log(delta) + np.log(_ORDERS)) / (_ORDERS - 1)
-        return max(0.0, float(np.min(candidates)))
+        return max(0.0, float(np.min(divergences + conversion(delta))))
+
+
+def conversion(delta: float) -> Array:
+    """What to add to a Renyi divergence to get an epsilon, at every order of the grid.
+
+    Args:
+        delta: In (0, 1).
+
+    Returns:
+        In nats, ``[orders]``; negative where delta is so large that it pays for some of the divergence.
+    """
+    return np.asarray(np.log1p(-1 / ORDERS) - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1))
 
 
 def composed_divergences(phases: Sequence[Phase]) -> Array:
@@ -53,7 +65,7 @@ def composed_divergences(phases: Sequence[Phase]) -> Array:
     Returns:
         Upper bounds in nats, ``[orders]``.
     """
-    total = np.zeros_like(_ORDERS)
+    total = np.zeros_like(ORDERS)
     for phase in phases:
         total = total + phase.num_releases * divergences(*phase.kind)
     return total
@@ -71,7 +83,7 @@ def loss_tail(phases: Sequence[Phase], probability: float) -> float:
     Returns:
         The value, in nats.
     """
-    return float(np.min(composed_divergences(phases) + math.log(2 / probability) / (_ORDERS - 1)))
+    return float(np.min(composed_divergences(phases) + math.log(2 / probability) / (ORDERS - 1)))
 
 
 @lru_cache(maxsize=1024)
@@ -85,7 +97,7 @@ def divergences(noise_multiplier: float, sample_rate: float) -> Array:
     Returns:
         In nats, ``[orders]``.
     """
-    unsampled = _ORDERS / (2 * noise_multiplier**2)
+    unsampled = ORDERS / (2 * noise_multiplier**2)
     if sample_rate == 1:
         return unsampled
     whole = np.array([_log_moment(noise_multiplier, sample_rate, int(order)) for order in _INTEGERS])
@@ -95,7 +107,7 @@ def divergences(noise_multiplier: float, sample_rate: float) -> Array:
         parts = np.interp(_FRACTIONS, [1.0, *_INTEGERS], [0.0, *whole])
     log_moments = np.concatenate([parts, whole * (1 + 1e-12)])
     # Sampling never makes the divergence larger: M is a mixture of N and its shifted copy.
-    return np.minimum(log_moments / (_ORDERS - 1), unsampled)
+    return np.minimum(log_moments / (ORDERS - 1), unsampled)
 
 
 @lru_cache(maxsize=256)
@@ -112,7 +124,7 @@ def _log_moment(noise: float, rate: float, order: int) -> float:
     exponent = k * (k - 1) / (2 * noise**2)
     log_growth = exponent + np.log(-np.expm1(-exponent))
     terms = _log_binomials(order) + k * math.log(rate) + (order - k) * math.log1p(-rate) + log_growth
-    return float(np.logaddexp(0.0, logsumexp(terms)))
+    return float(np.logaddexp(0.0, _log_sum_exp(terms)))
 
 
 def _log_moments_by_quadrature(noise: float, rate: float, orders: Array) -> Array:
@@ -124,5 +136,11 @@ def _log_moments_by_quadrature(noise: float, rate: float, orders: Array) -> Arra
     x = np.arange(-14 * noise, float(orders.max()) + 14 * noise, step)
     log_ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * x - 1) / (2 * noise**2))
     log_density = -(x**2) / (2 * noise**2) - math.log(noise * math.sqrt(2 * math.pi)) + math.log(step)
-    result = np.array([float(logsumexp(order * log_ratio + log_density)) for order in orders])
+    result = np.array([_log_sum_exp(order * log_ratio + log_density) for order in orders])
     return np.asarray(np.maximum(result, 0.0) + 1e-13 * (1 + np.abs(result)))
+
+
+def _log_sum_exp(terms: Array) -> float:
+    """``log sum e^terms``; SciPy's serves more kinds of array and takes several times as long for short ones."""
+    largest = float(terms.max())
+    return largest + math.log(float(np.exp(terms - largest).sum())) if math.isfinite(largest) else largest

@@ -121,9 +121,7 @@ class PrivacyReport(pl.Callback):
         record = strategy.record()
         if record is None:
             return None
-        flagged = record.private_statistics or _shows_statistics(strategy)
-        record = replace(record, private_statistics=flagged)
-        return make_report(record, strategy.releases, strategy.accountant, self._watched)
+        return make_report(record, strategy.releases(), strategy.budget.accountant, self._watched)
 
     def _write(self, trainer: pl.Trainer) -> None:
         report = self.report(trainer) if trainer.is_global_zero else None
@@ -133,7 +131,7 @@ class PrivacyReport(pl.Callback):
 
     def _add(self, event: str, trainer: pl.Trainer, metrics: dict[str, float | None] | None = None) -> None:
         strategy = private_strategy(trainer, self)
-        share = getattr(strategy, "clipped_share", None) if _shows_statistics(strategy) else None
+        share = (strategy.private_statistics or {}).get("clipped_share")
         point = Point(event, trainer.global_step, strategy.num_releases, strategy.epsilon, metrics or {}, share)
         self._watched = replace(self._watched, history=(*self._watched.history, point))
 
@@ -142,10 +140,6 @@ class PrivacyReport(pl.Callback):
         metas = [metric.meta for metric in results.values()] if results is not None else []
         names = [f"{meta.name} ({meta.fx})" for meta in metas if not meta.name.startswith("privacy/")]
         self._watched = replace(self._watched, training_metrics=_joined(self._watched.training_metrics, names))
-
-
-def _shows_statistics(strategy: object) -> bool:
-    return bool(getattr(strategy, "private_statistics", False))
 
 
 def _validation_metrics(trainer: pl.Trainer) -> dict[str, float | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lightning_dp.bookkeeping.noting import Refusal
+from lightning_dp.forecasting import Forecast
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Plan:
         time_ratio: Time of a private forward and backward pass with clipping, over that of an ordinary one, for
             ``timed_samples`` samples; ``None`` if it was not measured.
         timed_samples: How many samples were timed and weighed.
+        forecast: The budget as data, its tables computed when they are asked for; ``None`` also without noise.
         errors: Why the fit is refused, apart from ``coverage.refused``; empty if it is not.
     """
 
@@ -99,6 +101,7 @@ class Plan:
     self_check: str = "not run"
     time_ratio: float | None = None
     timed_samples: int = 0
+    forecast: Forecast | None = None
     errors: list[str] = field(default_factory=list)
 
     @property

@@ -6,11 +6,9 @@ Owns: which facts are shown, and how. Does not own: the facts.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -18,8 +16,9 @@ from rich.text import Text
 from lightning_dp.bookkeeping.noting import Refusal
 from lightning_dp.coverage.names import collapsed
 from lightning_dp.coverage.report import Coverage, Covered, Plan
+from lightning_dp.forecasting.tables import new_console, print_budget
 
-_WIDTH, _NAME_WIDTH = 100, 32
+_NAME_WIDTH = 32
 
 
 def print_plan(plan: Plan) -> None:
@@ -28,12 +27,14 @@ def print_plan(plan: Plan) -> None:
     Args:
         plan: What ``lightning_dp.plan`` returned.
     """
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    console = new_console()
     console.print(_head(plan))
     if plan.coverage is not None and plan.coverage.covered:
         console.print(_table(plan.coverage))
     for sentence in _sentences(plan):
         console.print(Text(sentence))
+    if plan.forecast is not None:
+        print_budget(plan.forecast, console)
     for refusal in plan.coverage.refused if plan.coverage is not None else ():
         console.print(Panel(Text(refusal.reason), title=Text(_title(refusal)), title_align="left"))
     for error in plan.errors:

@@ -112,7 +112,7 @@ class Observer:
     def _choose_samples(self) -> None:
         """Choose up to four samples, evenly spread over the dataset and of different sizes, whose loss is finite."""
         self._initialize()
-        size, wanted = self._loader.num_examples, len(_LETTERS)
+        size, wanted = self._loader.units.num_units, len(_LETTERS)
         count = min(4 * wanted, size)
         spread = [k * size // count for k in range(count)]
         found: list[int] = []

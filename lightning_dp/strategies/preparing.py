@@ -95,7 +95,7 @@ def prepare(
     run.training = training_record(module, run, found, keeping)
     if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
         return _prepare_manual(module, run, keeping, found, found.trial)
-    return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.budget), frozenset())
+    return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.book), frozenset())
 
 
 def look_again(
@@ -156,7 +156,7 @@ def _prepare_manual(
     run.settle(module.trainer, world_size, releases_per_draw=releases, steps_per_draw=trial.fewest_steps)
     _announce(module.trainer.optimizers, found.public)
     public = checks.named_groups(module, found.public)
-    stepping = ManualStepping(keeping, run.private_step(found.trained), run.budget, trial.groups, releases, public)
+    stepping = ManualStepping(keeping, run.private_step(found.trained), run.book, trial.groups, releases, public)
     return Prepared(keeping, stepping, found.public)
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from lightning_dp.accounting import Journal, Ledger
+from lightning_dp.accounting import Journal, Ledger, Release
 
 checkpoint, directory, made, block, every = sys.argv[1], Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:6])
 ledger, journal = Ledger(), Journal()
@@ -29,8 +29,8 @@ save()
 witness = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 while True:
     noise = 1.0 if ledger.num_releases % 50 < 25 else 2.0
-    journal.reserve(ledger, noise, 0.1, block=block)
-    ledger.book(noise, 0.1)
+    journal.reserve(ledger, Release(noise, 0.1), block=block)
+    ledger.book(Release(noise, 0.1))
     os.write(witness, b"x")
     os.fsync(witness)
     if ledger.num_releases % every == 0:

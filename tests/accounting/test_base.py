@@ -34,5 +34,7 @@ def test_resolve():
 
 @pytest.mark.parametrize("name", ["moments", "PRV", "", None, 3])
 def test_unknown_accountant(name):
-    with pytest.raises(PrivacyConfigurationError, match=f'accountant={name!r}: expected "prv" or "rdp"'):
+    with pytest.raises(
+        PrivacyConfigurationError, match=f'accountant={name!r}: expected "prv", "rdp", "pld" or "rdp_filter"'
+    ):
         resolve_accountant(name)

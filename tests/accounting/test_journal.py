@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dp.accounting import Journal, Ledger
+from lightning_dp.accounting import Journal, Ledger, Release
 from lightning_dp.accounting import journal as module
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 
 
 def release(journal: Journal, ledger: Ledger, count: int, noise: float = 1.0, **options) -> None:
     for _ in range(count):
-        journal.reserve(ledger, noise, 0.1, **options)
-        ledger.book(noise, 0.1)
+        journal.reserve(ledger, Release(noise, 0.1), **options)
+        ledger.book(Release(noise, 0.1))
 
 
 def resumed(state: dict, directory: Path) -> Ledger:
@@ -40,9 +40,9 @@ def started(*directories: Path) -> tuple[Journal, Ledger, dict]:
 def test_every_release_is_on_disk_before_it_is_made(tmp_path):
     journal, ledger, checkpoint = started(tmp_path)
     for made in range(1, 20):
-        journal.reserve(ledger, 1.0, 0.1, block=4)
+        journal.reserve(ledger, Release(1.0, 0.1), block=4)
         assert made <= resumed(checkpoint, tmp_path).num_releases < made + 4
-        ledger.book(1.0, 0.1)
+        ledger.book(Release(1.0, 0.1))
 
 
 def test_writes_once_per_block(tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_history_loaded_between_releases_is_linked(tmp_path):
     """A process loads a second history while its reservation still holds; a crash then must not part them."""
     _, old, _ = started()
     for _ in range(5):
-        old.book(1.0, 0.1)
+        old.book(Release(1.0, 0.1))
     journal, ledger, _ = started(tmp_path)
     release(journal, ledger, 1, block=100)
     ledger.merge(old.state_dict())
@@ -166,12 +166,12 @@ def test_killed_between_write_and_replace(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        journal.reserve(ledger, 1.0, 0.1)
+        journal.reserve(ledger, Release(1.0, 0.1))
     assert resumed(checkpoint, tmp_path).num_releases == 3
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 9, "segments": {}}', b"\xff", b'{"version": 1}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 9, "segments": {}}', b"\xff", b'{"version": 2}'])
 def test_corrupt_journal_is_not_ignored(tmp_path, content):
     (tmp_path / "privacy-journal-abc.json").write_bytes(content)
     with pytest.raises(PrivacyError, match=r"privacy-journal-abc\.json cannot be read"):
@@ -186,14 +186,14 @@ def test_unwritable_journal_stops_the_release(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(PrivacyError, match=r"privacy-journal-.*\.json cannot be written \(No space left"):
-        journal.reserve(ledger, 1.0, 0.1)
+        journal.reserve(ledger, Release(1.0, 0.1))
 
 
 @pytest.mark.parametrize("name", ["block", "cap"])
 @pytest.mark.parametrize("value", [0, -1, 1.5])
 def test_bad_block_and_cap(name, value):
     with pytest.raises(PrivacyConfigurationError, match=f"{name}={value}: expected an integer"):
-        Journal().reserve(Ledger(), 1.0, 0.1, **{name: value})
+        Journal().reserve(Ledger(), Release(1.0, 0.1), **{name: value})
 
 
 def run_and_kill(checkpoint: Path | None, directory: Path, made: Path, block: int, seconds: float) -> None:

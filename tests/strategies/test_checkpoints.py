@@ -100,7 +100,7 @@ def test_loading_for_a_test_counts_nothing(tmp_path):
     assert dp.num_releases == 0
 
 
-def test_another_sample_rate_needs_a_noise_multiplier(tmp_path):
+def test_another_sample_rate_is_refused_or_accounted_as_another_phase(tmp_path):
     fit = trainer(ldp.DPStrategy(target_epsilon=3.0), max_steps=4)
     fit.fit(Regression(), loader())
     fit.save_checkpoint(tmp_path / "a.ckpt")
@@ -108,7 +108,7 @@ def test_another_sample_rate_needs_a_noise_multiplier(tmp_path):
         trainer(ldp.DPStrategy(target_epsilon=3.0), max_steps=4).fit(
             Regression(), loader(batch_size=10), ckpt_path=tmp_path / "a.ckpt"
         )
-    dp = ldp.DPStrategy(noise_multiplier=2.0)
+    dp = ldp.DPStrategy(noise_multiplier=2.0, changed_settings="new_phase")
     trainer(dp, max_steps=6).fit(Regression(), loader(batch_size=10), ckpt_path=tmp_path / "a.ckpt")
     assert dp.num_releases == 6
 
