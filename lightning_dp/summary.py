@@ -5,12 +5,12 @@ Owns: which numbers are shown, and how. Does not own: the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
-from lightning_dp.accounting import Phase
+from lightning_dp.accounting import Release
 from lightning_dp.strategies import DPStrategy
 
 _UNITS = {"example": "training example", "user": "user with all their examples"}
@@ -36,7 +36,7 @@ def _rows(strategy: DPStrategy) -> dict[str, str]:
         "epsilon spent": f"{strategy.epsilon:.4f}{of_target}",
         "delta": f"{strategy.delta:.3g}",
         "steps (noisy releases)": f"{strategy.num_releases}",
-        **(_kinds(strategy.releases) if len(strategy.releases) > 1 else _kind(strategy)),
+        **(_kinds(strategy.releases()) if len(strategy.releases()) > 1 else _kind(strategy)),
         "holds for": f"adding or removing one {_UNITS[strategy.unit or 'example']}",
     }
 
@@ -48,7 +48,7 @@ def _kind(strategy: DPStrategy) -> dict[str, str]:
     }
 
 
-def _kinds(releases: Sequence[Phase]) -> dict[str, str]:
+def _kinds(releases: Mapping[Release, int]) -> dict[str, str]:
     """One line for each noise and rate; several releases from one draw are one with less noise, as accounted."""
-    lines = [f"{p.num_releases} × {p.noise_multiplier:.4g} at {p.sample_rate:.4g}" for p in releases]
+    lines = [f"{count} × {of.noise_multiplier:.4g} at {of.sample_rate:.4g}" for of, count in releases.items()]
     return {"steps × noise at sample rate": "\n".join(lines)}
