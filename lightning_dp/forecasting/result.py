@@ -134,7 +134,7 @@ class Forecast:
     @cached_property
     def after_steps(self) -> tuple[AfterSteps, ...]:
         """Epsilon at about a dozen numbers of steps, each twice the one before, up to four times the planned end."""
-        ends = [end for end in (self.num_steps, self.num_allowed) if end]
+        ends = [end for end in (self.num_steps, self.num_allowed) if end and end < MAX_RELEASES]
         base = ends[0] if ends else math.ceil(1 / self.sample_rate)
         ladder = {min(MAX_RELEASES, round(base * 2.0**power)) for power in _STEP_POWERS}
         steps = sorted(step for step in ladder | set(ends) if step)
