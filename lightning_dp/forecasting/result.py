@@ -11,7 +11,7 @@ batches for the same reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,6 +97,8 @@ class Forecast:
         num_examples: N; ``None`` if only the sample rate is known.
         accountant: Whose epsilon counts: a name or an `Accountant`.
         spent: What was released before.
+        after: Epsilon after so many further steps, in nats, of a fit with other releases than these numbers tell, such
+            as those of a schedule; other settings are not compared then. ``None`` for a fit of one noise and rate.
         releases_per_draw: Noisy gradients released from one logical batch.
     """
 
@@ -109,6 +111,7 @@ class Forecast:
     num_examples: int | None = None
     accountant: str | Accountant = "prv"
     spent: tuple[Phase, ...] = ()
+    after: Callable[[int], float] | None = None
     releases_per_draw: int = 1
 
     @property
@@ -128,6 +131,8 @@ class Forecast:
 
     def epsilon_after(self, num_steps: int) -> float:
         """Return what all releases so far and ``num_steps`` more have spent, in nats."""
+        if self.after is not None:
+            return self.after(num_steps)
         more = Phase(self._accounted_noise, self.sample_rate, num_steps)
         return resolve_accountant(self.accountant).epsilon([*self.spent, more], self.delta)
 
@@ -174,7 +179,7 @@ class Forecast:
 
     def _comparable(self) -> tuple[float, int]:
         """Return goal and steps that other settings can be compared at; a goal of 0 if there are none."""
-        if self.spent or not self.num_steps or not self.goal or self.goal == math.inf:
+        if self.spent or self.after is not None or not self.num_steps or not self.goal or self.goal == math.inf:
             return 0.0, 0
         return self.goal, self.num_steps
 

@@ -73,6 +73,8 @@ def print_budget(forecast: Forecast, console: Console) -> None:
         console.print(Text(_best(forecast)))
     if forecast.spent:
         console.print(Text("Noise and batch size were settled by the releases made before: no other is shown."))
+    elif forecast.after is not None:
+        console.print(Text("Noise and batch size follow a schedule: no other is shown."))
 
 
 def _settings(forecast: Forecast) -> Iterator[tuple[str, str]]:
