@@ -2,15 +2,18 @@
 
 from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon, max_steps
 from lightning_dp.bookkeeping import register_rule
-from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor
+from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor, PrivacyReport
 from lightning_dp.coverage import plan
+from lightning_dp.data import PrivateDataset
 from lightning_dp.errors import (
     PrivacyBudgetExceeded,
     PrivacyConfigurationError,
     PrivacyError,
     UnsupportedModelError,
 )
+from lightning_dp.forecasting import forecast
 from lightning_dp.losses import per_sample_mean
+from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
 
 __version__ = "0.1.0"
@@ -23,9 +26,13 @@ __all__ = [
     "PrivacyConfigurationError",
     "PrivacyError",
     "PrivacyMonitor",
+    "PrivacyReport",
+    "PrivateDataset",
+    "Stage",
     "UnsupportedModelError",
     "calibrate_noise_multiplier",
     "compute_epsilon",
+    "forecast",
     "max_steps",
     "per_sample_mean",
     "plan",

@@ -1,30 +1,34 @@
-"""The mechanism of one run: everything that sampler, clipping, noise and accountant must agree on.
+"""The mechanism of a step: everything that sampler, clipping, noise and accountant must agree on.
 
-Owns: the numbers. Does not own: any of the parts that use them.
+Owns: the numbers. Does not own: any of the parts that use them, nor how they change over a run (``schedule``).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lightning_dp.accounting import Release
 from lightning_dp.clipping import Clipping
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """The Poisson-sampled Gaussian mechanism of a run; add-or-remove-one neighbouring relation.
+    """The Poisson-sampled Gaussian mechanism; neighbouring data differ by one unit, added or removed.
 
-    Guarantee: it is frozen and there is one of it, so the sampler draws at the rate that the accountant counts, and the
-    noise has the scale of the clipping's sensitivity.
+    Guarantee: it is frozen and there is one of it for a step, so the sampler draws at the rate that the accountant
+    counts, and the noise has the scale of the clipping's sensitivity.
 
     Args:
         noise_multiplier: Standard deviation of the noise on the sum, divided by the sensitivity.
-        clipping: Bounds each sample's gradient.
-        sample_rate: q, the probability of each example to be in a logical batch, in (0, 1].
+        clipping: Bounds each unit's gradient.
+        sample_rate: q, the probability of each unit to be in a logical batch, in (0, 1].
         expected_batch_size: q N; the sum is divided by it, never by the number drawn, which is private.
         releases_per_draw: Noisy gradients released from one logical batch: more than one only under manual
             optimization, where several optimizers step.
+        num_units: N.
+        unit: What is added or removed: ``"example"`` or ``"user"``.
+        partition: Name of the data; other names share no unit with it. ``None``: nothing is said of that.
     """
 
     noise_multiplier: float
@@ -32,6 +36,9 @@ class Mechanism:
     sample_rate: float
     expected_batch_size: float
     releases_per_draw: int = 1
+    num_units: int | None = None
+    unit: str = "example"
+    partition: str | None = None
 
     @property
     def noise_std(self) -> float:
@@ -47,3 +54,18 @@ class Mechanism:
         multiplier z / sqrt(k) (arXiv 1905.02383, section 3), and that pair is amplified by sampling (2106.08567).
         """
         return self.noise_multiplier / math.sqrt(self.releases_per_draw)
+
+    @property
+    def release(self) -> Release:
+        """What the ledger keeps of all releases from one draw."""
+        noise = self.accounted_noise_multiplier
+        return Release(noise, self.sample_rate, self.num_units, self.unit, self.partition)
+
+    def scaled(self, noise_factor: float, batch_size_factor: float) -> Mechanism:
+        """Return the mechanism with multiples of this one's noise and batch size."""
+        return replace(
+            self,
+            noise_multiplier=self.noise_multiplier * noise_factor,
+            sample_rate=self.sample_rate * batch_size_factor,
+            expected_batch_size=self.expected_batch_size * batch_size_factor,
+        )

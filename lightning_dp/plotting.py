@@ -5,9 +5,15 @@ Owns: the optional dependency on matplotlib. Does not own: what is drawn.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from lightning_dp.errors import PrivacyConfigurationError
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def new_figure(rows: int, columns: int) -> tuple[Any, list[Any]]:

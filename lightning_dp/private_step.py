@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_dp.bookkeeping import Book
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
+from lightning_dp.private_statistics import PrivateStatistics
 
 
 class PrivateStep:
@@ -32,21 +33,22 @@ class PrivateStep:
 
     Args:
         parameters: The trained parameters, by name.
-        mechanism: Clipping, noise and expected batch size.
         noise: Where noise is drawn.
         mean_loss: Whether the loss is the mean over a physical batch, rather than the sum.
+        statistics: Collects what is not private, if the user has asked for it.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        mechanism: Mechanism,
         noise: SecretRandom,
         *,
         mean_loss: bool = True,
+        statistics: PrivateStatistics | None = None,
     ) -> None:
-        self._parameters, self._mechanism, self._noise = dict(parameters), mechanism, noise
-        self._mean_loss = mean_loss
+        self._parameters, self._noise, self._mean_loss = dict(parameters), noise, mean_loss
+        self._statistics = statistics
+        self._mechanism: Mechanism | None = None
         self._sums: dict[str, Tensor] = {}
         self._logical_batches = 0
 
@@ -55,9 +57,16 @@ class PrivateStep:
         """Logical batches begun since the last release."""
         return self._logical_batches
 
-    def begin(self) -> None:
-        """Begin a logical batch."""
+    def begin(self, mechanism: Mechanism) -> None:
+        """Begin a logical batch.
+
+        Args:
+            mechanism: Clipping, noise and expected batch size.
+        """
+        self._mechanism = mechanism
         self._logical_batches += 1
+        if self._statistics is not None:
+            self._statistics.begin(mechanism.clipping.max_grad_norm)
 
     @torch.no_grad()
     def collect(self, book: Book, num_real: int) -> None:
@@ -70,10 +79,23 @@ class PrivateStep:
         # The book holds gradients of the loss: of a mean, each sample's own gradient is B times as long.
         scale = book.num_samples if self._mean_loss else 1
         norm = book.norm_sq().sqrt() * scale
+        if self._statistics is not None:
+            self._statistics.add_norms(norm[:num_real])
         real = torch.arange(book.num_samples, device=norm.device) < num_real
-        weight = torch.where(real, self._mechanism.clipping.factor(norm), torch.zeros_like(norm)) * scale
+        weight = torch.where(real, self._begun.clipping.factor(norm), torch.zeros_like(norm)) * scale
         for name, clipped in book.weighted_sums(weight).items():
             self._sums[name] = self._sums[name] + clipped if name in self._sums else clipped
+
+    def note_loss(self, loss: Tensor, num_rows: int, num_real: int) -> None:
+        """Note the loss of a physical batch, if the user has asked for it.
+
+        Args:
+            loss: Its mean or sum, as ``mean_loss`` says.
+            num_rows: The number of its samples.
+            num_real: How many of them were drawn.
+        """
+        if self._statistics is not None:
+            self._statistics.add_loss(loss if self._mean_loss else loss / num_rows, num_real)
 
     @torch.no_grad()
     def release(self, names: Iterable[str] | None = None) -> None:
@@ -92,11 +114,17 @@ class PrivateStep:
         self._sums.clear()
         self._logical_batches = 0
 
+    @property
+    def _begun(self) -> Mechanism:
+        assert self._mechanism is not None, "a logical batch is begun before anything is collected or released"
+        return self._mechanism
+
     def _released(self, parameter: Tensor, clipped: Tensor | None) -> Tensor:
-        if self._mechanism.noise_std > 0:
-            total = self._noise.normal(parameter).mul_(self._mechanism.noise_std)
+        mechanism = self._begun
+        if mechanism.noise_std > 0:
+            total = self._noise.normal(parameter).mul_(mechanism.noise_std)
         else:
             total = torch.zeros_like(parameter, dtype=torch.float64)
         if clipped is not None:
             total += clipped
-        return total.div_(self._mechanism.expected_batch_size).to(parameter.dtype)
+        return total.div_(mechanism.expected_batch_size).to(parameter.dtype)

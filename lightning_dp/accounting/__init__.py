@@ -4,16 +4,20 @@ Owns: the ledger of releases, its journal on disk, the accountants, and the sear
 sampling or the decision to stop; nothing here knows PyTorch or Lightning.
 
 The guarantee accounted for is ``P[M(D) in S] <= e^epsilon P[M(D') in S] + delta`` (Dwork et al. 2006) for data sets
-that differ by one example. Reading order: ``phases``, ``base``, ``rdp``, ``losses``, ``prv``, ``pld``, ``fallback``,
-``filter``, ``cross_check``, ``claims``, ``calibration``, ``curve``, ``ledger``, ``journal``.
+that differ by one unit: an example, or a user. Reading order: ``phases``, ``releases``, ``base``, ``rdp``, ``losses``,
+``prv``, ``pld``, ``fallback``, ``filter``, ``cross_check``, ``claims``, ``calibration``, ``curve``, ``ledger``,
+``journal``.
 """
 
 from lightning_dp.accounting.accountants import resolve_accountant
 from lightning_dp.accounting.base import Accountant
 from lightning_dp.accounting.calibration import (
     MAX_RELEASES,
+    Histories,
+    calibrate,
     calibrate_noise_multiplier,
     compute_epsilon,
+    greatest_epsilon,
     max_further_releases,
     max_steps,
 )
@@ -27,12 +31,14 @@ from lightning_dp.accounting.phases import Phase, merge_phases
 from lightning_dp.accounting.pld import PLDAccountant
 from lightning_dp.accounting.prv import PRVAccountant
 from lightning_dp.accounting.rdp import RDPAccountant
+from lightning_dp.accounting.releases import Release, histories
 
 __all__ = [
     "MAX_RELEASES",
     "Accountant",
     "CrossChecked",
     "EpsilonTable",
+    "Histories",
     "Journal",
     "Ledger",
     "PLDAccountant",
@@ -40,11 +46,15 @@ __all__ = [
     "Phase",
     "RDPAccountant",
     "RDPFilter",
+    "Release",
+    "calibrate",
     "calibrate_noise_multiplier",
     "claim",
     "compute_epsilon",
     "cross_checked",
     "epsilon_curve",
+    "greatest_epsilon",
+    "histories",
     "max_further_releases",
     "max_steps",
     "merge_phases",

@@ -22,6 +22,10 @@ from lightning_dp.accounting.phases import (
     check_target_epsilon,
 )
 from lightning_dp.accounting.rdp import RDPAccountant
+from lightning_dp.errors import PrivacyBudgetExceeded
+
+Histories = Sequence[Sequence[Phase]]
+"""What different units can have taken part in; the greatest of their epsilons counts."""
 
 MAX_RELEASES = 10**9
 """The most releases any search answers; a budget that allows more is endless in practice."""
@@ -30,6 +34,8 @@ MAX_RELEASES = 10**9
 _EPSILON_TOLERANCE, _NOISE_TOLERANCE = 2e-3, 1e-9
 # Less noise than this is never returned: epsilon is 0 there only because the sample rate itself is below delta.
 _LEAST_NOISE = 1e-3
+# If even this much leaves epsilon above the target, the releases made before have spent it.
+_MOST_NOISE = 2.0**40
 
 
 def compute_epsilon(
@@ -95,14 +101,7 @@ def calibrate_noise_multiplier(
     if count == 0:
         return 0.0
 
-    def renyi(noise: float) -> float:
-        return RDPAccountant().epsilon([Phase(noise, rate, count)], delta)
-
-    def exact(noise: float) -> float:
-        return chosen.epsilon([Phase(noise, rate, count)], delta)
-
-    start = _least_noise(renyi, target, start=1.0, tolerance=0.02)
-    return _least_noise(exact, target, start=start, tolerance=_EPSILON_TOLERANCE)
+    return calibrate(chosen, lambda noise: [[Phase(noise, rate, count)]], target_epsilon=target, delta=delta)
 
 
 def max_steps(
@@ -131,32 +130,55 @@ def max_steps(
     Guarantee:
         By ``compute_epsilon`` that many steps stay within the target, and one more would not.
     """
+    noise, rate = check_noise_multiplier(noise_multiplier), check_sample_rate(sample_rate)
     return max_further_releases(
         resolve_accountant(accountant),
-        (),
-        noise_multiplier=noise_multiplier,
-        sample_rate=sample_rate,
+        lambda count: [[Phase(noise, rate, count)]],
         target_epsilon=target_epsilon,
         delta=check_delta("target_delta", target_delta),
     )
 
 
-def max_further_releases(
-    accountant: Accountant,
-    spent: Sequence[Phase],
-    *,
-    noise_multiplier: float,
-    sample_rate: float,
-    target_epsilon: float,
-    delta: float,
-) -> int:
-    """How many more releases of one kind fit into a budget after a history.
+def greatest_epsilon(accountant: Accountant, histories: Histories, delta: float) -> float:
+    """Return the greatest epsilon of several histories, in nats."""
+    return max(accountant.epsilon(phases, delta) for phases in histories)
+
+
+def calibrate(
+    accountant: Accountant, histories: Callable[[float], Histories], *, target_epsilon: float, delta: float
+) -> float:
+    """About the least number whose histories stay within a budget, where epsilon falls as the number grows.
 
     Args:
         accountant: Whose epsilon counts.
-        spent: What was released before.
-        noise_multiplier: Of the releases to come; 0 gives 0.
-        sample_rate: Of the releases to come, in (0, 1].
+        histories: What units will have taken part in, by the noise multiplier of the releases to come.
+        target_epsilon: In nats, above 0.
+        delta: In (0, 1).
+
+    Returns:
+        The noise multiplier.
+
+    Raises:
+        PrivacyBudgetExceeded: If no noise is enough, since earlier releases have spent the budget.
+    """
+
+    def epsilon_by(of: Accountant) -> Callable[[float], float]:
+        return lambda noise: greatest_epsilon(of, histories(noise), delta)
+
+    start = 1.0
+    if epsilon_by(RDPAccountant())(_MOST_NOISE) < target_epsilon:  # otherwise only a tighter one may find noise
+        start = _least_noise(epsilon_by(RDPAccountant()), target_epsilon, start=1.0, tolerance=0.02)
+    return _least_noise(epsilon_by(accountant), target_epsilon, start=start, tolerance=_EPSILON_TOLERANCE)
+
+
+def max_further_releases(
+    accountant: Accountant, histories: Callable[[int], Histories], *, target_epsilon: float, delta: float
+) -> int:
+    """How many more releases fit into a budget.
+
+    Args:
+        accountant: Whose epsilon counts.
+        histories: What units will have taken part in after so many more releases, earlier ones included.
         target_epsilon: In nats, above 0, for history and future together.
         delta: In (0, 1).
 
@@ -170,10 +192,9 @@ def max_further_releases(
         History and that many releases stay within the target by ``accountant``, and one more would not.
     """
     target, delta = check_target_epsilon(target_epsilon), check_delta("delta", delta)
-    noise, rate = check_noise_multiplier(noise_multiplier), check_sample_rate(sample_rate)
 
     def epsilon_by(of: Accountant) -> Callable[[int], float]:
-        return lambda further: of.epsilon([*spent, Phase(noise, rate, further)], delta)
+        return lambda further: greatest_epsilon(of, histories(further), delta)
 
     # The Renyi bound costs nothing and is never far off: it saves the grids of all lesser powers of two.
     guess = _largest(epsilon_by(RDPAccountant()), target, guess=1)
@@ -184,6 +205,11 @@ def _least_noise(epsilon: Callable[[float], float], target: float, *, start: flo
     """About the least noise with ``epsilon(noise) <= target``; always one that was seen to satisfy it."""
     enough, less, less_value, turn = start, 0.0, math.inf, 0
     while (value := epsilon(enough)) > target:
+        if enough > _MOST_NOISE:
+            raise PrivacyBudgetExceeded(
+                f"no noise is enough for target_epsilon={target:g}: earlier releases alone have spent epsilon "
+                f"{value:.4g}. Give a larger target_epsilon, or begin a new run on other data."
+            )
         enough *= 2
     while value < (1 - tolerance) * target and enough > max(_LEAST_NOISE, less * (1 + _NOISE_TOLERANCE)):
         turn += 1

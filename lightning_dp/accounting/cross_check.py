@@ -68,19 +68,20 @@ class CrossChecked(Accountant):
         second = self._second(phases, check_delta("delta", delta), first)
         return {self.name: first} if second is None else {self.name: first, PLDAccountant.name: second}
 
-    def trusted(self, phases: Sequence[Phase], delta: float) -> Accountant:
+    def trusted(self, phases: Sequence[Phase], delta: float, limit: float = math.inf) -> Accountant:
         """The accountant whose bound is to be used, by what both say of these releases.
 
         Args:
             phases: Such as those that a run plans.
             delta: In (0, 1).
+            limit: The larger epsilon, which is the one to be reported, shall not exceed this.
 
         Returns:
-            The accountant itself, or the second one if that says more than the grids explain.
+            The accountant itself, or the second one if that says more than the grids explain, or than the limit.
         """
         values = self.values(phases, delta)
         first, second = values[self.name], values.get(PLDAccountant.name, 0.0)
-        return PLDAccountant() if _disagree(first, second) else self._accountant
+        return PLDAccountant() if _disagree(first, second) or second > max(first, limit) else self._accountant
 
     def _epsilon(self, phases: tuple[Phase, ...], delta: float) -> float:
         return max(self.values(phases, delta).values())

@@ -9,20 +9,19 @@ Composition is subadditive (Dwork et al. 2006) and epsilon grows with every rele
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from lightning_dp.accounting.base import Accountant
-from lightning_dp.accounting.phases import Phase, check_count
+from lightning_dp.accounting.calibration import Histories, greatest_epsilon
+from lightning_dp.accounting.phases import check_count
 
 
 def epsilon_curve(
     accountant: Accountant,
-    spent: Sequence[Phase],
+    histories: Callable[[int], Histories],
     *,
-    noise_multiplier: float,
-    sample_rate: float,
     num_steps: int,
     delta: float,
     knots: int = 64,
@@ -31,9 +30,7 @@ def epsilon_curve(
 
     Args:
         accountant: Whose epsilon counts.
-        spent: What was released before.
-        noise_multiplier: Of the further steps.
-        sample_rate: Of the further steps, in (0, 1].
+        histories: What units will have taken part in after so many further steps, earlier ones included.
         num_steps: The last knot, at least 0.
         delta: In (0, 1).
         knots: Number of knots at most, beside the first, which is 0.
@@ -47,7 +44,7 @@ def epsilon_curve(
     last = check_count("num_steps", num_steps)
     spaced = np.geomspace(1, last, max(1, check_count("knots", knots))) if last else np.zeros(1)
     steps = tuple(sorted({0, last, *(round(float(step)) for step in spaced)}))
-    return steps, tuple(accountant.epsilon([*spent, Phase(noise_multiplier, sample_rate, n)], delta) for n in steps)
+    return steps, tuple(greatest_epsilon(accountant, histories(n), delta) for n in steps)
 
 
 class EpsilonTable:

@@ -4,20 +4,23 @@ Owns: the history of releases and its serialisation. Does not own: epsilon (``ba
 
 A ledger is a grow-only counter (Shapiro et al. 2011, specification 6): one segment per process that makes releases,
 only ever extended by that process, and two histories join by the greater count,
-``join(a, b)[segment, kind] = max(a[segment, kind], b[segment, kind])``, so that no order of loading loses a release.
+``join(a, b)[segment, release] = max(a[segment, release], b[segment, release])``, so that no order of loading loses a
+release.
 """
 
 import os
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_dp.accounting.phases import Kind, Phase, merge_phases
+from lightning_dp.accounting.phases import Phase, merge_phases
+from lightning_dp.accounting.releases import Release, histories
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 
-_VERSION = 1
+_VERSION = 2
 
-Segment = dict[Kind, int]
+Segment = dict[Release, int]
 
 
 class Ledger:
@@ -40,6 +43,7 @@ class Ledger:
         """Start an empty history."""
         self._segments: dict[str, Segment] = {}
         self._own: tuple[int, str] | None = None
+        self._num_own, self._num_others, self._revision = 0, 0, 0
 
     @property
     def own_segment(self) -> str:
@@ -48,6 +52,7 @@ class Ledger:
         if self._own is None or self._own[0] != os.getpid():
             self._own = os.getpid(), uuid.uuid4().hex
             self._segments[self._own[1]] = {}
+            self._recount()
         return self._own[1]
 
     @property
@@ -58,28 +63,63 @@ class Ledger:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """All releases, one phase for each distinct noise and rate."""
-        return merge_phases(
-            Phase(*kind, count) for segment in self._segments.values() for kind, count in segment.items()
-        )
+        return merge_phases(release.times(count) for release, count in self.counts.items())
+
+    @property
+    def counts(self) -> dict[Release, int]:
+        """How many releases of each kind there were, in order of first appearance."""
+        counts: dict[Release, int] = {}
+        for segment in self._segments.values():
+            for release, count in segment.items():
+                counts[release] = counts.get(release, 0) + count
+        return counts
+
+    def histories(self, more: Mapping[Release, int] | None = None) -> tuple[tuple[Phase, ...], ...]:
+        """What a unit can have taken part in: see :func:`~lightning_dp.accounting.releases.histories`.
+
+        Args:
+            more: Releases to come, which are counted too.
+        """
+        counts = Counter(self.counts)
+        counts.update(more or {})
+        return histories(counts)
+
+    def concerning(self, more: Mapping[Release, int]) -> tuple[tuple[Phase, ...], ...]:
+        """What units can have taken part in that releases to come concern; those of other partitions are left out.
+
+        Args:
+            more: Releases to come, which are counted too.
+        """
+        named = {release.partition for release in more}
+        counts = Counter(more)
+        counts.update({r: n for r, n in self.counts.items() if None in named or r.partition in (None, *named)})
+        return histories(counts)
 
     @property
     def num_releases(self) -> int:
         """The number of all releases."""
-        return sum(sum(segment.values()) for segment in self._segments.values())
+        return self._num_own + self._num_others
 
-    def book(self, noise_multiplier: float, sample_rate: float) -> None:
-        """Enter one release, before it is made.
+    @property
+    def num_own(self) -> int:
+        """The number of releases in this process's segment."""
+        _ = self.own_segment  # a forked process begins anew
+        return self._num_own
 
-        Args:
-            noise_multiplier: Noise standard deviation divided by the sensitivity of the sum.
-            sample_rate: Probability with which an example entered the logical batch.
+    @property
+    def revision(self) -> int:
+        """Grows whenever another history is joined, not when a release is booked."""
+        return self._revision
 
-        Raises:
-            PrivacyConfigurationError: If a value is out of range.
-        """
-        kind = Phase(noise_multiplier, sample_rate, 1).kind
+    def num_of(self, segment: str) -> int:
+        """The number of releases in one segment; 0 if it took no part."""
+        return sum(self._segments.get(segment, {}).values())
+
+    def book(self, release: Release) -> None:
+        """Enter one release, before it is made."""
         own = self._segments[self.own_segment]
-        own[kind] = own.get(kind, 0) + 1
+        own[release] = own.get(release, 0) + 1
+        self._num_own += 1
 
     def state_dict(self) -> dict[str, Any]:
         """The history as plain values that JSON keeps.
@@ -89,7 +129,8 @@ class Ledger:
         """
         self._segments.setdefault(self.own_segment, {})
         segments = {
-            name: [[*kind, count] for kind, count in segment.items()] for name, segment in self._segments.items()
+            name: [release.as_row(count) for release, count in segment.items()]
+            for name, segment in self._segments.items()
         }
         return {"version": _VERSION, "segments": segments}
 
@@ -104,12 +145,22 @@ class Ledger:
         """
         for name, loaded in _parse(state).items():
             segment = self._segments.setdefault(name, {})
-            for kind, count in loaded.items():
-                segment[kind] = max(count, segment.get(kind, 0))
+            for release, count in loaded.items():
+                segment[release] = max(count, segment.get(release, 0))
+        self._recount()
+
+    def _recount(self) -> None:
+        """Add up anew what every step asks for and only the own segment's growth changes step by step."""
+        own = self._own[1] if self._own is not None else ""
+        self._num_own = self.num_of(own)
+        self._num_others = sum(map(self.num_of, self._segments)) - self._num_own
+        self._revision += 1
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the history, but not the right to extend this process's segment."""
-        return {"_segments": {name: dict(segment) for name, segment in self._segments.items()}, "_own": None}
+        segments = {name: dict(segment) for name, segment in self._segments.items()}
+        totals = {"_num_own": 0, "_num_others": self.num_releases, "_revision": self._revision}
+        return {"_segments": segments, "_own": None, **totals}
 
 
 def _parse(state: Mapping[str, Any]) -> dict[str, Segment]:
@@ -135,15 +186,17 @@ def _parse_name(name: object) -> str:
 
 
 def _parse_segment(name: str, rows: object) -> Segment:
-    """One segment: a list of ``[noise_multiplier, sample_rate, num_releases]``."""
+    """One segment: a list of rows of :class:`Release`."""
+    segment: Segment = {}
     try:
-        phases = merge_phases(Phase(*row) for row in rows)  # type: ignore[attr-defined]
+        for release, count in map(Release.from_row, rows):  # type: ignore[call-overload]
+            segment[release] = segment.get(release, 0) + count
     except (TypeError, PrivacyConfigurationError) as error:
         raise PrivacyError(
-            f"The privacy ledger is malformed: segment {name!r} is {_shown(rows)}, expected a list of "
-            f"[noise_multiplier, sample_rate, num_releases] ({error})"
+            f"The privacy ledger is malformed: segment {name!r} is {_shown(rows)}, expected a list of releases with "
+            f"their number ({error})"
         ) from error
-    return {phase.kind: phase.num_releases for phase in phases}
+    return segment
 
 
 def _shown(value: object) -> str:

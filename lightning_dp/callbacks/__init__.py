@@ -3,5 +3,6 @@
 from lightning_dp.callbacks.bias_only_finetuning import BiasOnlyFinetuning
 from lightning_dp.callbacks.privacy_budget_stopping import PrivacyBudgetStopping
 from lightning_dp.callbacks.privacy_monitor import PrivacyMonitor
+from lightning_dp.callbacks.privacy_report import PrivacyReport
 
-__all__ = ["BiasOnlyFinetuning", "PrivacyBudgetStopping", "PrivacyMonitor"]
+__all__ = ["BiasOnlyFinetuning", "PrivacyBudgetStopping", "PrivacyMonitor", "PrivacyReport"]

@@ -16,6 +16,8 @@ class PrivacyMonitor(pl.Callback):
 
     ``privacy/epsilon`` is an upper bound looked up at the next of 64 knots, at most a few per cent above the exact one,
     which the summary and ``strategy.epsilon`` give. ``privacy/steps_left`` is logged if there is a ``target_epsilon``.
+    With ``DPStrategy(private_statistics=True)`` also ``private/clipped_share``, ``private/grad_norm`` (the median,
+    before clipping) and ``private/train_loss``: epsilon does not cover whoever sees these.
 
     Args:
         summary: Whether to print the summary when the fit ends.
@@ -29,10 +31,14 @@ class PrivacyMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what is spent and what is left."""
-        budget = private_strategy(trainer, self).budget
+        strategy = private_strategy(trainer, self)
+        budget = strategy.budget
         pl_module.log("privacy/epsilon", budget.epsilon_at_most, on_step=True, prog_bar=True, batch_size=1)
         if budget.releases_left is not None:
             pl_module.log("privacy/steps_left", float(budget.releases_left), on_step=True, prog_bar=True, batch_size=1)
+
+        for name, value in (strategy.private_statistics or {}).items():
+            pl_module.log(f"private/{name}", value, on_step=True, batch_size=1)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the summary."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +26,8 @@ from lightning_dp.coverage.report import Plan
 from lightning_dp.coverage.table import print_plan
 from lightning_dp.coverage.timing import time_ratio
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
+from lightning_dp.forecasting import Forecast
+from lightning_dp.forecasting.figure import ForecastFigure
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.strategies.preparing import Found, Prepared, find, prepare
 from lightning_dp.strategies.run import PrivateRun
@@ -39,8 +42,15 @@ _NO_STEP = (
 )
 
 
-def plan(trainer: pl.Trainer, model: pl.LightningModule, *args: Any, show: bool = True, **kwargs: Any) -> Plan:
-    """Show and return what ``trainer.fit`` with the same arguments would do to every parameter, without training.
+def plan(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    *args: Any,
+    show: bool = True,
+    plot: str | Path | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """Show and return what ``trainer.fit`` with the same arguments would do to parameters and budget, without training.
 
     Everything up to the first step runs as in a fit: ``setup``, ``configure_model``, ``configure_optimizers``,
     ``on_fit_start`` and ``on_train_start`` of module and callbacks. What later hooks change is not seen. Then the model
@@ -55,10 +65,13 @@ def plan(trainer: pl.Trainer, model: pl.LightningModule, *args: Any, show: bool 
         model: The module.
         *args: As for ``trainer.fit``: a dataloader or a datamodule.
         show: Whether to print the plan.
+        plot: A file that the budget is drawn into, such as ``plan.png``; it is not written if a fit is refused before
+            its budget is known.
         **kwargs: As for ``trainer.fit``.
 
     Raises:
-        PrivacyConfigurationError: If the trainer has another strategy. What a fit would refuse is in the plan.
+        PrivacyConfigurationError: If the trainer has another strategy, or a plot cannot be drawn. What a fit would
+            refuse is in the plan.
 
     Example:
         >>> plan(trainer, model, train_dataloader)  # doctest: +SKIP
@@ -69,6 +82,7 @@ def plan(trainer: pl.Trainer, model: pl.LightningModule, *args: Any, show: bool 
             f"a plan with strategy={type(strategy).__name__}: expected a private strategy, Trainer(strategy="
             "DPStrategy(...)); of any other fit there is nothing to say here."
         )
+    figure = None if plot is None else ForecastFigure(plot)
     rehearsed: list[bool] = []
 
     def rehearse(*parts: Any) -> None:
@@ -86,6 +100,8 @@ def plan(trainer: pl.Trainer, model: pl.LightningModule, *args: Any, show: bool 
         found.errors = found.errors or [_NO_STEP]
     if show:
         print_plan(found)
+    if figure is not None and found.forecast is not None:
+        figure.save(found.forecast)
     return found
 
 
@@ -173,26 +189,49 @@ class _Rehearsal:
 
     def _settings(self, steps_per_draw: int) -> None:
         plan, run, budget, loader = self._plan, self._run, self._run.budget, self._run.loader
-        assert run.mechanism is not None, "settled with the dataloader"
         assert loader is not None, "settled with the dataloader"
-        plan.engine, plan.num_examples = run.settings.clipping_engine, loader.num_examples
-        plan.expected_batch_size, plan.sample_rate = run.mechanism.expected_batch_size, run.mechanism.sample_rate
-        plan.physical_batch_size = loader.max_physical_batch_size
-        plan.noise_multiplier, plan.target_epsilon = run.mechanism.noise_multiplier, budget.target_epsilon
+        mechanism, units = run.schedule.base, loader.units
+        plan.engine, plan.num_examples = run.settings.clipping_engine, len(loader.dataset)  # type: ignore[arg-type]
+        plan.num_users = units.num_units if units.unit == "user" else None
+        plan.examples_per_user = rows = units.examples_per_unit
+        plan.expected_batch_size, plan.sample_rate = mechanism.expected_batch_size * rows, mechanism.sample_rate
+        plan.physical_batch_size = loader.max_physical_batch_size * rows
+        plan.noise_multiplier, plan.target_epsilon = mechanism.noise_multiplier, budget.target_epsilon
         plan.delta, plan.planned_steps = budget.delta, budget.planned_steps
-        limits = [] if budget.releases_left is None else [budget.releases_left]
-        if budget.planned_steps is not None:
-            limits.append(max(0, budget.planned_steps - self._trainer.global_step // max(1, steps_per_draw)))
         plan.steps_per_batch = max(1, steps_per_draw)
-        plan.steps = min(limits, default=None)
+        left = None
+        if budget.planned_steps is not None:
+            left = max(0, budget.planned_steps - self._trainer.global_step // plan.steps_per_batch)
+        plan.steps = min((limit for limit in (left, budget.releases_left) if limit is not None), default=None)
         plan.epsilon = None if plan.steps is None else budget.epsilon_after(plan.steps)
+        plan.forecast = self._forecast(left)
+
+    def _forecast(self, planned_left: int | None) -> Forecast | None:
+        """Return what the budget of this fit comes to; nothing without noise."""
+        run, plan = self._run, self._plan
+        assert run.mechanism is not None, "settled with the dataloader"
+        if run.mechanism.noise_multiplier == 0:
+            return None
+        return Forecast(
+            sample_rate=run.mechanism.sample_rate,
+            delta=run.budget.delta,
+            noise_multiplier=run.mechanism.noise_multiplier,
+            num_steps=run.budget.releases_left if planned_left is None else planned_left,
+            target_epsilon=run.budget.target_epsilon,
+            num_allowed=run.budget.releases_left,
+            num_examples=plan.num_examples,
+            accountant=run.settings.accountant,
+            spent=run.ledger.phases,
+            after=run.budget.forecaster() if run.settings.schedule or run.ledger.num_releases else None,
+            releases_per_draw=run.mechanism.releases_per_draw,
+        )
 
     def _bench(self, found: Found) -> Bench:
         loader = self._run.loader
         assert loader is not None, "settled with the dataloader"
         wanted = _SAMPLES_OF_THE_LOOP if self._is_loop else loader.max_physical_batch_size
-        count = min(wanted, loader.num_examples)
-        indices = [k * loader.num_examples // count for k in range(count)]
+        count = min(wanted, loader.units.num_units)
+        indices = [k * loader.units.num_units // count for k in range(count)]
         manual: ManualTrial | None = None
         if isinstance(found.trial, ManualTrial):
             manual = ManualTrial(self._module, self._step, self._put)
@@ -239,6 +278,7 @@ class _Rehearsal:
         batches = [(single, 1) for single in bench.singles] or [(bench.batch, bench.num_samples)]
 
         def private() -> None:
+            step.begin(self._run.schedule.base)
             for batch, num_samples in batches:
                 for book in bench.books(keeping, batch, num_samples):
                     step.collect(book, num_samples)

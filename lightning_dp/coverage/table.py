@@ -6,11 +6,9 @@ Owns: which facts are shown, and how. Does not own: the facts.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -18,8 +16,9 @@ from rich.text import Text
 from lightning_dp.bookkeeping.noting import Refusal
 from lightning_dp.coverage.names import collapsed
 from lightning_dp.coverage.report import Coverage, Covered, Plan
+from lightning_dp.forecasting.tables import new_console, print_budget
 
-_WIDTH, _NAME_WIDTH = 100, 32
+_NAME_WIDTH = 32
 
 
 def print_plan(plan: Plan) -> None:
@@ -28,12 +27,14 @@ def print_plan(plan: Plan) -> None:
     Args:
         plan: What ``lightning_dp.plan`` returned.
     """
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    console = new_console()
     console.print(_head(plan))
     if plan.coverage is not None and plan.coverage.covered:
         console.print(_table(plan.coverage))
     for sentence in _sentences(plan):
         console.print(Text(sentence))
+    if plan.forecast is not None:
+        print_budget(plan.forecast, console)
     for refusal in plan.coverage.refused if plan.coverage is not None else ():
         console.print(Panel(Text(refusal.reason), title=Text(_title(refusal)), title_align="left"))
     for error in plan.errors:
@@ -54,8 +55,11 @@ def _settings(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{plan.num_trained:,} trainable, {plan.num_frozen:,} frozen"
     if plan.num_examples is None:
         return
-    yield "training examples (N)", f"{plan.num_examples:,}"
-    yield "expected batch", f"{plan.expected_batch_size:g}"
+    if plan.num_users is None:
+        yield "training examples (N)", f"{plan.num_examples:,}"
+    else:
+        yield "training users (N)", f"{plan.num_users:,}, with {plan.num_examples:,} examples"
+    yield "expected batch", f"{plan.expected_batch_size:g}{_of_each(plan)}"
     yield "sample rate", f"{plan.sample_rate:.4g}"
     yield "physical batch", f"at most {plan.physical_batch_size:,}"
     yield ("planned steps" if plan.steps_per_batch == 1 else "planned logical batches"), _steps(plan)
@@ -63,6 +67,10 @@ def _settings(plan: Plan) -> Iterator[tuple[str, str]]:
     of_target = "" if plan.target_epsilon is None else f" of {plan.target_epsilon:g}"
     yield "epsilon after these", "grows without end" if plan.epsilon is None else f"{plan.epsilon:.4f}{of_target}"
     yield "delta", f"{plan.delta:.3g}"
+
+
+def _of_each(plan: Plan) -> str:
+    return "" if plan.num_users is None else f" examples, {plan.examples_per_user} of each user"
 
 
 def _steps(plan: Plan) -> str:

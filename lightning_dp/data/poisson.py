@@ -3,10 +3,10 @@
 Owns: the draws and their division into physical batches. Does not own: what is done with a batch (``strategies``), or
 the checks of the user's dataloader (``checks``).
 
-Each example is in a logical batch with probability q, independently of all others and of all other batches (arXiv
-1908.10530, definition 3). A logical batch of any size is processed in physical batches of bounded size. The loader
-yields the first of them as an ordinary batch and hands out the others one by one, so that only two are in memory at a
-time.
+Each unit, an example as a rule, is in a logical batch with probability q, independently of all others and of all other
+batches (arXiv 1908.10530, definition 3). A logical batch of any size is processed in physical batches of bounded size.
+The loader yields the first of them as an ordinary batch and hands out the others one by one, so that only two are in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from scipy.special import rel_entr
 from torch.utils.data import DataLoader
 
+from lightning_dp.data.units import Units
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import SecretRandom
 
@@ -33,7 +34,7 @@ class PhysicalBatch:
 
     Args:
         data: The batch.
-        num_rows: How many samples it has: B.
+        num_rows: How many samples it has, each a unit: B.
         num_real: How many of them were drawn, the first ones; the others are phantoms.
     """
 
@@ -43,24 +44,36 @@ class PhysicalBatch:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """What is known of a physical batch when it is drawn."""
+class Drawn:
+    """What is known of a physical batch when it is drawn.
+
+    Args:
+        num_rows: How many samples it has, phantoms included.
+        num_real: How many of them were drawn.
+        is_last: Whether it is the last one of its logical batch.
+        step: The number of the logical batch in the run.
+        sample_rate: With which the logical batch was drawn.
+    """
 
     num_rows: int
     num_real: int
     is_last: bool
+    step: int
+    sample_rate: float
 
 
 class PoissonLoader:
     """Draws logical batches from the dataset of an ordinary dataloader.
 
-    Guarantee: the draws are independent and each example has probability ``sample_rate``, if ``random`` is secret.
+    Guarantee: the draws are independent and each unit has the probability of its step, if ``random`` is secret.
 
     Args:
         loader: The user's dataloader: gives the dataset, ``collate_fn`` and the workers.
-        sample_rate: q in (0, 1].
+        units: What is drawn.
+        sample_rate: q in (0, 1], by the number of the step.
+        first_step: Returns the number of the step that comes next; asked when an epoch begins.
         num_batches: Logical batches in one epoch.
-        max_physical_batch_size: The most examples of a physical batch.
+        max_physical_batch_size: The most units of a physical batch.
         random: Where the draws come from.
         constant_size: Whether every physical batch has ``max_physical_batch_size`` samples, phantoms included, so that
             its size tells nothing.
@@ -69,20 +82,22 @@ class PoissonLoader:
     def __init__(
         self,
         loader: DataLoader[Any],
+        units: Units,
         *,
-        sample_rate: float,
+        sample_rate: Callable[[int], float],
+        first_step: Callable[[], int],
         num_batches: int,
         max_physical_batch_size: int,
         random: SecretRandom,
         constant_size: bool = False,
     ) -> None:
         self.dataset = loader.dataset
-        self.num_examples = len(loader.dataset)  # type: ignore[arg-type]
-        self.sample_rate, self.max_physical_batch_size = sample_rate, max_physical_batch_size
+        self.units, self.max_physical_batch_size = units, max_physical_batch_size
+        self._rate_of, self._first_step = sample_rate, first_step
         self._num_batches, self._random, self._constant_size = num_batches, random, constant_size
-        self._chunks: deque[_Chunk] = deque()
+        self._chunks: deque[Drawn] = deque()
         self._rest: Iterator[PhysicalBatch] | None = None
-        self._delivered: _Chunk | None = None
+        self._delivered: Drawn | None = None
         self._collate: Callable[[list[Any]], Any] = loader.collate_fn
         self._inner = _with_batches(loader, _Draws(self._draw_chunks))
 
@@ -102,7 +117,7 @@ class PoissonLoader:
             for _ in rest:  # a batch that was skipped leaves its others behind
                 pass
 
-    def take(self) -> tuple[_Chunk, Iterator[PhysicalBatch]]:
+    def take(self) -> tuple[Drawn, Iterator[PhysicalBatch]]:
         """Return the sizes of the batch yielded last, and the other physical batches of its logical batch.
 
         Raises:
@@ -117,14 +132,16 @@ class PoissonLoader:
         self._delivered = None
         return delivered, rest
 
-    def batch_of(self, indices: list[int]) -> Any:
-        """Return a batch of the examples at these indices, made by the user's ``collate_fn``."""
-        fetched = {i: self._fetch(i) for i in set(indices)}
-        return self._collate([copy.deepcopy(fetched[i]) for i in indices])  # collating may change a sample
+    def batch_of(self, units: list[int]) -> Any:
+        """Return a batch of these units, made by the user's ``collate_fn``."""
+        examples_of = {unit: self.units.examples_of([unit]) for unit in set(units)}
+        fetched = {i: self._fetch(i) for examples in examples_of.values() for i in set(examples)}
+        # Copies, as collating may change a sample.
+        return self._collate([copy.deepcopy(fetched[i]) for unit in units for i in examples_of[unit]])
 
-    def draw(self) -> list[int]:
-        """Return the indices of one logical batch."""
-        chosen = self._random.uniform(self.num_examples) < self.sample_rate
+    def draw(self, sample_rate: float) -> list[int]:
+        """Return the units of one logical batch."""
+        chosen = self._random.uniform(self.units.num_units) < sample_rate
         return chosen.nonzero().flatten().tolist()
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,18 +156,21 @@ class PoissonLoader:
         return many([index])[0] if callable(many) else self.dataset[index]
 
     def _draw_chunks(self) -> Iterator[list[int]]:
-        """Yield the indices of physical batches and note their sizes in the order of the draws."""
-        for _ in range(self._num_batches):
-            chosen = self.draw()
+        """Yield the examples of physical batches and note their sizes in the order of the draws."""
+        first = self._first_step()
+        for step in range(first, first + self._num_batches):
+            rate = self._rate_of(step)
+            chosen = self.draw(rate)
             chunks = _even_chunks(chosen, self.max_physical_batch_size)
             for k, chunk in enumerate(chunks):
                 # Phantoms, which are given the weight zero: one for an empty draw, or as many as hide its size. They
                 # repeat what was drawn, so that what a training step logs is about the draw.
                 rows = self.max_physical_batch_size if self._constant_size else max(len(chunk), 1)
-                self._chunks.append(_Chunk(rows, len(chunk), k == len(chunks) - 1))
-                yield list(islice(cycle(chunk or [0]), rows))
+                self._chunks.append(Drawn(rows, len(chunk), k == len(chunks) - 1, step, rate))
+                examples = self.units.examples_of(chunk or [0], self._random)
+                yield list(islice(cycle(examples), rows * self.units.examples_per_unit))
 
-    def _after(self, chunk: _Chunk, physical: Iterator[Any]) -> Iterator[PhysicalBatch]:
+    def _after(self, chunk: Drawn, physical: Iterator[Any]) -> Iterator[PhysicalBatch]:
         while not chunk.is_last:
             data = next(physical)
             chunk = self._chunks.popleft()
@@ -167,17 +187,17 @@ class _Draws:
         return self._draw()
 
 
-def largest_draw(num_examples: int, sample_rate: float) -> int:
+def largest_draw(num_units: int, sample_rate: float) -> int:
     """Return a size that a Poisson sample exceeds with a probability below 1e-20: in no run there will ever be.
 
     By the Chernoff bound: at least m of N are drawn with a probability of at most ``exp(-N KL(m / N || q))``.
     """
 
     def divergence(m: int) -> float:
-        share = m / num_examples
-        return num_examples * float(rel_entr(share, sample_rate) + rel_entr(1 - share, 1 - sample_rate))
+        share = m / num_units
+        return num_units * float(rel_entr(share, sample_rate) + rel_entr(1 - share, 1 - sample_rate))
 
-    sizes = range(math.ceil(sample_rate * num_examples), num_examples + 1)
+    sizes = range(math.ceil(sample_rate * num_units), num_units + 1)
     return sizes[min(bisect_left(sizes, -math.log(1e-20), key=divergence), len(sizes) - 1)]
 
 

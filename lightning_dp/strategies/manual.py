@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dp.bookkeeping import Book, BookKeeping
-from lightning_dp.budget import PrivacyBudget
 from lightning_dp.errors import PrivacyError, UnsupportedModelError
+from lightning_dp.mechanism import Mechanism
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.strategies.following import Following
 from lightning_dp.strategies.stepping import Stepping
@@ -120,7 +120,7 @@ class ManualStepping(Stepping):
     Args:
         keeping: Where per-sample gradients come from.
         step: Where clipped sums go.
-        budget: Books what is released from one draw.
+        book: Books what is released from one draw, by the number of its step.
         groups: The private optimizers.
         releases_per_draw: The most releases from one logical batch.
         public: The parameters of every optimizer that steps without noise, by name.
@@ -130,23 +130,24 @@ class ManualStepping(Stepping):
         self,
         keeping: BookKeeping,
         step: PrivateStep,
-        budget: PrivacyBudget,
+        book: Callable[[int], None],
         groups: Groups,
         releases_per_draw: int,
         public: Groups,
     ) -> None:
-        self._keeping, self._step, self._budget = keeping, step, budget
+        self._keeping, self._step, self._book = keeping, step, book
         self._groups, self._releases_per_draw = groups, releases_per_draw
         self._pending = PendingGradients(keeping, groups)
         self._names = {id(p): name for group in public.values() for name, p in group.items()}
         self._following = Following()
-        self._num_real = self._released = 0
+        self._num_real = self._released = self._at = 0
         self._in_training_step = False
 
-    def begin_draw(self) -> None:
+    def begin_draw(self, step: int, mechanism: Mechanism) -> None:
         """Begin a logical batch."""
-        self._released = 0
+        self._released, self._at = 0, step
         self._step.drop()
+        self._step.begin(mechanism)
         self._pending.begin()
 
     def begin(self, num_real: int) -> None:
@@ -207,7 +208,7 @@ class ManualStepping(Stepping):
                 "the first training step of the fit step every optimizer as often as any later one."
             )
         if not self._released:
-            self._budget.book()
+            self._book(self._at)
         self._released += 1
         self._step.collect(book, self._num_real)
         self._step.release(self._groups[optimizer])

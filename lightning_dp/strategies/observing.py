@@ -43,6 +43,7 @@ class Observer:
         self._module, self._loader, self._trial, self._mean_loss = module, loader, trial, mean_loss
         self._index: dict[str, int] = {}
         self._written: set[str] = set()
+        self.num_checked = 0
 
     def rehearse(self, trial: ManualTrial) -> tuple[list[Optimizer], set[Optimizer]]:
         """Find out which optimizers step, and which of them do so by gradients that do not depend on the samples."""
@@ -98,6 +99,7 @@ class Observer:
         )
         with undisturbed(self._module):
             self_check(subject)
+        self.num_checked = len(self._index)
 
     def _check_not_written(self) -> None:
         for name in self._written:
@@ -110,7 +112,7 @@ class Observer:
     def _choose_samples(self) -> None:
         """Choose up to four samples, evenly spread over the dataset and of different sizes, whose loss is finite."""
         self._initialize()
-        size, wanted = self._loader.num_examples, len(_LETTERS)
+        size, wanted = self._loader.units.num_units, len(_LETTERS)
         count = min(4 * wanted, size)
         spread = [k * size // count for k in range(count)]
         found: list[int] = []

@@ -18,6 +18,7 @@ from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.manual import ManualStepping
 from lightning_dp.strategies.observing import Observer
+from lightning_dp.strategies.record import training_record
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.stepping import AutomaticStepping, Stepping
 from lightning_dp.strategies.trials import AutomaticTrial, ManualTrial
@@ -91,9 +92,10 @@ def prepare(
     loops = run.settings.clipping_engine == "loop" and module.automatic_optimization
     keeping = (LoopKeeping if loops else BookKeeping)(found.trained, found.others)
     found.observer.observe(keeping, found.trained, check=run.settings.self_check)
+    run.training = training_record(module, run, found, keeping)
     if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
         return _prepare_manual(module, run, keeping, found, found.trial)
-    return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.budget), frozenset())
+    return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.book), frozenset())
 
 
 def look_again(
@@ -154,7 +156,7 @@ def _prepare_manual(
     run.settle(module.trainer, world_size, releases_per_draw=releases, steps_per_draw=trial.fewest_steps)
     _announce(module.trainer.optimizers, found.public)
     public = checks.named_groups(module, found.public)
-    stepping = ManualStepping(keeping, run.private_step(found.trained), run.budget, trial.groups, releases, public)
+    stepping = ManualStepping(keeping, run.private_step(found.trained), run.book, trial.groups, releases, public)
     return Prepared(keeping, stepping, found.public)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Journal, Ledger
 from lightning_dp.budget import PrivacyBudget
-from lightning_dp.data import PoissonLoader, check_dataloader
+from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
 from lightning_dp.errors import PrivacyError
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
+from lightning_dp.private_statistics import PrivateStatistics
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.record import Record, TrainingRecord
+from lightning_dp.schedule import Schedule
+from lightning_dp.strategies.fit_plan import FitPlan
 from lightning_dp.strategies.planning import planned_steps
+from lightning_dp.strategies.record import earlier_training, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
+from lightning_dp.strategies.terms import Terms
 
 _log = logging.getLogger("lightning_dp")
 
@@ -44,10 +51,18 @@ class PrivateRun:
         self.settings, self.ledger = settings, Ledger()
         self.loader: PoissonLoader | None = None
         self._user: DataLoader[object] | None = None
-        self.mechanism: Mechanism | None = None
+        self._units: Units = ExampleUnits(0)
+        self._schedule: Schedule | None = None
         self._budget: PrivacyBudget | None = None
+        self._terms: Terms | None = None
+        # The terms under which something was released, by partition, the latest last; and how much had been when the
+        # present terms were settled.
+        self._agreed: dict[str | None, Terms] = {}
+        self._released_before = 0
         self._journal = Journal()
+        self.training: TrainingRecord | None = None
         self._noise, self._sampling = SecretRandom(), SecretRandom()
+        self.statistics = PrivateStatistics() if settings.private_statistics else None
 
     @property
     def budget(self) -> PrivacyBudget:
@@ -70,6 +85,22 @@ class PrivateRun:
         """The delta that epsilon is for, as far as it is known."""
         return self._budget.delta if self._budget else self.settings.target_delta
 
+    @property
+    def schedule(self) -> Schedule:
+        """The mechanisms of the present fit.
+
+        Raises:
+            PrivacyError: Before the fit has seen its training data.
+        """
+        if self._schedule is None:
+            raise PrivacyError("noise and sample rate are known once a fit has seen its training data.")
+        return self._schedule
+
+    @property
+    def mechanism(self) -> Mechanism | None:
+        """The mechanism of the next step; ``None`` before the fit has seen its training data."""
+        return self._schedule.at(self.budget.step) if self._schedule else None
+
     def plan(self, dataloader: object, trainer: pl.Trainer, world_size: int) -> PoissonLoader:
         """Settle mechanism and budget for a train dataloader, and return the loader that samples it.
 
@@ -77,15 +108,19 @@ class PrivateRun:
             PrivacyConfigurationError: If the dataloader, the settings and the trainer do not go together.
         """
         user = self._user = check_dataloader(dataloader)
+        units = self._units = units_of(user.dataset)
+        self._agreed, self._released_before = self._agreed_by_now, self.ledger.num_releases
         module, optimizers = trainer.lightning_module, len(trainer.strategy.optimizers)
         manual = not module.automatic_optimization
-        mechanism = self.settle(trainer, world_size, steps_per_draw=max(1, optimizers), announce=not manual)
-        rate, size = mechanism.sample_rate, self.settings.physical_batch_size(user.batch_size or 1)
+        self.settle(trainer, world_size, steps_per_draw=max(1, optimizers), announce=not manual)
+        size = self.settings.physical_batch_size(user.batch_size or 1, units)
         if manual:
-            size = self.settings.undivided_batch_size(len(user.dataset), rate)  # type: ignore[arg-type]
+            size = self.settings.undivided_batch_size(units, self.schedule.largest_rate)
         self.loader = PoissonLoader(
             user,
-            sample_rate=rate,
+            units,
+            sample_rate=lambda step: self.schedule.at(step).sample_rate,
+            first_step=lambda: trainer.global_step // max(1, optimizers),
             num_batches=len(user),
             max_physical_batch_size=size,
             random=self._sampling,
@@ -101,7 +136,7 @@ class PrivateRun:
         releases_per_draw: int = 1,
         steps_per_draw: int = 1,
         announce: bool = True,
-    ) -> Mechanism:
+    ) -> None:
         """Settle mechanism and budget.
 
         Args:
@@ -112,48 +147,105 @@ class PrivateRun:
             announce: Whether to say which noise was calibrated.
         """
         assert self._user is not None, "the dataloader comes first"
+        settings, step = self.settings, trainer.global_step // steps_per_draw
         planned = planned_steps(trainer, len(self._user), steps_per_draw)
-        mechanism = self.settings.plan(self._user, world_size, planned, self.ledger, releases_per_draw)
-        self._budget = PrivacyBudget(
-            mechanism,
-            self.settings.resolved_accountant(),
-            self.ledger,
-            self._journal,
-            delta=self._smallest_delta(len(self._user.dataset)),  # type: ignore[arg-type]
-            target_epsilon=self.settings.target_epsilon,
+        terms = self._present_terms(settings.sample_rate(self._units, self._user.batch_size or 0, world_size))
+        planning = FitPlan(
+            settings=settings,
+            terms=terms,
+            agreed=self._agreed,
+            ledger=self.ledger,
+            step=step,
             planned_steps=planned,
+            releases_per_draw=releases_per_draw,
         )
-        self.mechanism = mechanism
+        accountant = settings.accountant_for(terms.delta)
+        self._schedule, self._budget = planning.settled(accountant, self._journal)
+        trusted = self._budget.trusted_accountant()
+        if trusted is not accountant:
+            self._schedule, self._budget = planning.settled(trusted, self._journal)
+        self._terms = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
         if announce:
-            self._announce(mechanism, self._budget)
+            self._announce(self._schedule.base, self._budget)
+
+    def _present_terms(self, sample_rate: float) -> Terms:
+        delta = self.settings.delta(self._units)
+        if self.settings.target_delta is None:  # a default one must suit every dataset that was released from
+            delta = min([delta, *(agreed.delta for agreed in self._agreed.values())])
+        return Terms(
+            num_units=self._units.num_units,
+            unit=self._units.unit,
+            partition=self._units.partition,
+            sample_rate=sample_rate,
+            delta=delta,
+            noise_multiplier=self.settings.noise_multiplier or 0.0,
+            schedule=self.settings.schedule,
+            filter_target=self.settings.target_epsilon if self.settings.resolved_accountant().adaptive else None,
+        )
+
+    @property
+    def _agreed_by_now(self) -> dict[str | None, Terms]:
+        """The terms under which something was released by now."""
+        if self._terms is None or self.ledger.num_releases == self._released_before:
+            return self._agreed
+        others = {name: terms for name, terms in self._agreed.items() if name != self._terms.partition}
+        return {**others, self._terms.partition: self._terms}
+
+    def mechanism_of(self, drawn: Drawn) -> Mechanism:
+        """Return the mechanism by which a logical batch is to be released.
+
+        Raises:
+            PrivacyError: If it was drawn by another one.
+        """
+        mechanism = self.schedule.at(drawn.step)
+        if mechanism.sample_rate != drawn.sample_rate:
+            raise PrivacyError(
+                f"step {drawn.step} was drawn with sample rate {drawn.sample_rate:g} and would be accounted with "
+                f"{mechanism.sample_rate:g}: the schedule has changed since. Begin another epoch first."
+            )
         return mechanism
+
+    def book(self, step: int) -> None:
+        """Book what is released from one draw, in the budget of the present fit.
+
+        Raises:
+            PrivacyBudgetExceeded: If it does not fit.
+        """
+        self.budget.book(step)
 
     def _announce(self, mechanism: Mechanism, budget: PrivacyBudget) -> None:
         if mechanism.noise_multiplier == 0:
             _log.warning("noise_multiplier=0: this run is NOT private, its epsilon is infinite.")
         if self.settings.noise_multiplier is not None or self.ledger.num_releases:
             return
-        several = mechanism.releases_per_draw
+        several, stages = mechanism.releases_per_draw, len(self.settings.schedule)
         rank_zero_info(
             f"Privacy: noise_multiplier {mechanism.noise_multiplier:.4g} calibrated to epsilon "
             f"{budget.target_epsilon:g} at delta {budget.delta:.3g} for {budget.planned_steps} steps"
-            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}."
+            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}"
+            f"{f', both varied in {stages} stages' if stages else ''}."
         )
-
-    def _smallest_delta(self, num_examples: int) -> float:
-        """Return delta; a default one only shrinks, since it must suit every dataset that was released from."""
-        delta = self.settings.delta(num_examples)
-        return min(delta, self._budget.delta) if self._budget and self.ledger.num_releases else delta
 
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
         """Return the buffers for these parameters."""
-        assert self.mechanism is not None, "settled with the dataloader, before the first step"
         mean_loss = self.settings.loss_reduction == "mean"
-        return PrivateStep(trained, self.mechanism, self._noise, mean_loss=mean_loss)
+        return PrivateStep(trained, self._noise, mean_loss=mean_loss, statistics=self.statistics)
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Put the ledger into a checkpoint that is about to be saved."""
-        checkpoint[_CHECKPOINT_KEY] = {"version": 1, "ledger": self.ledger.state_dict(), "delta": self.delta}
+        terms = dict(self._agreed_by_now)
+        if self._terms is not None:  # a crash may part the releases that follow from the next checkpoint
+            terms[self._terms.partition] = self._terms
+        state = {
+            "version": 2,
+            "ledger": self.ledger.state_dict(),
+            "terms": [agreed.state_dict() for agreed in terms.values()],
+        }
+        checkpoint[_CHECKPOINT_KEY] = {**state, **plain_record(self)}
+
+    def record(self) -> Record | None:
+        """Return the facts about this run, for reports; ``None`` before it has seen its training data."""
+        return record_of(self)
 
     def keep_journal_beside(self, path: Path) -> None:
         """Keep the journal beside a checkpoint that was saved, if that is a local directory."""
@@ -164,9 +256,16 @@ class PrivateRun:
         """Count every release that a checkpoint and the journals beside it know of."""
         if _CHECKPOINT_KEY in checkpoint:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
+            self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         self._journal.read(path.parent, self.ledger)
+        released_from = {release.partition for release in self.ledger.counts}
+        for terms in map(Terms.from_state, checkpoint.get(_CHECKPOINT_KEY, {}).get("terms", [])):
+            if terms.partition in released_from:
+                self._agreed.pop(terms.partition, None)  # the latest last
+                self._agreed[terms.partition] = terms
+        self._released_before = self.ledger.num_releases
         self.keep_journal_beside(path)  # whoever resumes from there again must find what this run releases
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
-"""The arguments of a private strategy, checked, and the plan of a fit that follows from them.
+"""The arguments of a private strategy, checked.
 
-Owns: the meaning of the arguments: delta, sample rate, number of steps, calibrated noise. Does not own: the hooks.
+Owns: the meaning of each argument: delta, sample rate, sizes, clipping, accountant. Does not own: the noise that
+follows from all of them together (``fit_plan``), or the hooks.
 """
 
 from __future__ import annotations
@@ -8,13 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch.utils.data import DataLoader
-
-from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier, compute_epsilon, resolve_accountant
+from lightning_dp.accounting import Accountant, resolve_accountant
+from lightning_dp.accounting.delta import delta_for
 from lightning_dp.clipping import Clipping, resolve_clipping
-from lightning_dp.data import largest_draw
+from lightning_dp.data import Units, largest_draw
 from lightning_dp.errors import PrivacyConfigurationError
-from lightning_dp.mechanism import Mechanism
+from lightning_dp.schedule import Stage
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,13 @@ class PrivacySettings:
     max_grad_norm: float
     clipping: str
     max_physical_batch_size: int | None
-    accountant: str
+    accountant: str | Accountant
     loss_reduction: str
     self_check: bool
     clipping_engine: str
+    schedule: tuple[Stage, ...] = ()
+    changed_settings: str = "refuse"
+    private_statistics: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments that can be checked without model and data."""
@@ -55,25 +58,47 @@ class PrivacySettings:
             raise PrivacyConfigurationError(f"loss_reduction={self.loss_reduction!r}: expected 'mean' or 'sum'.")
         if self.clipping_engine not in ("book", "loop"):
             raise PrivacyConfigurationError(f"clipping_engine={self.clipping_engine!r}: expected 'book' or 'loop'.")
+        if self.changed_settings not in ("refuse", "new_phase"):
+            raise PrivacyConfigurationError(
+                f"changed_settings={self.changed_settings!r}: expected 'refuse' or 'new_phase'."
+            )
+        for stage in self.schedule:
+            if not isinstance(stage, Stage):
+                raise PrivacyConfigurationError(f"schedule: {stage!r} is one of its stages, expected a Stage.")
         size = self.max_physical_batch_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise PrivacyConfigurationError(
                 f"max_physical_batch_size={size!r}: expected a positive integer, or None for the loader's batch_size."
             )
         self.resolved_clipping()
-        self.resolved_accountant()
+        if self.resolved_accountant().adaptive and self.target_epsilon is None:
+            raise PrivacyConfigurationError(
+                f"accountant={self.accountant!r} without target_epsilon: a filter is fixed by its target before the "
+                "first release. Give target_epsilon."
+            )
 
-    def physical_batch_size(self, batch_size: int) -> int:
-        """Return the most examples to process at a time, for a dataloader of this batch size."""
-        return 1 if self.clipping_engine == "loop" else self.max_physical_batch_size or batch_size
+    def physical_batch_size(self, batch_size: int, units: Units) -> int:
+        """Return the most units to process at a time, for a dataloader of this batch size.
 
-    def undivided_batch_size(self, num_examples: int, sample_rate: float) -> int:
-        """Return the size of a batch that holds a whole logical batch, as manual optimization needs it.
+        Raises:
+            PrivacyConfigurationError: If not even one unit may be.
+        """
+        most, rows = self.max_physical_batch_size, units.examples_per_unit
+        if most is not None and most < rows:
+            raise PrivacyConfigurationError(
+                f"max_physical_batch_size={most} with examples_per_user={rows}: the examples of a user are clipped "
+                f"together, so they are in one physical batch. Use at least {rows}, or fewer examples_per_user."
+            )
+        return 1 if self.clipping_engine == "loop" else max(1, (most or batch_size) // rows)
+
+    def undivided_batch_size(self, units: Units, sample_rate: float) -> int:
+        """Return how many units a batch has that holds a whole logical batch, as manual optimization needs it.
 
         Raises:
             PrivacyConfigurationError: If the settings divide logical batches.
         """
-        size = largest_draw(num_examples, sample_rate)
+        draw = largest_draw(units.num_units, sample_rate)
+        size = draw * units.examples_per_unit
         if self.clipping_engine == "loop" or (self.max_physical_batch_size or size) < size:
             limit = "clipping_engine='loop'"
             if self.clipping_engine == "book":
@@ -83,7 +108,7 @@ class PrivacySettings:
                 f"a whole logical batch, of up to {size} samples here. Leave the setting out, or use automatic "
                 "optimization."
             )
-        return size
+        return draw
 
     def resolved_clipping(self) -> Clipping:
         """Return the clipping that the arguments name."""
@@ -93,114 +118,34 @@ class PrivacySettings:
         """Return the accountant that the arguments name."""
         return resolve_accountant(self.accountant)
 
-    def delta(self, num_examples: int) -> float:
-        """Return delta for N examples: as given, else 1 / (10 N).
+    def accountant_for(self, delta: float) -> Accountant:
+        """Return that accountant, with what it fixes by the target before the first release."""
+        accountant = self.resolved_accountant()
+        return accountant if self.target_epsilon is None else accountant.for_target(self.target_epsilon, delta)
+
+    def delta(self, units: Units) -> float:
+        """Return delta for N units: as given, else 1 / (10 N).
 
         Raises:
             PrivacyConfigurationError: If it is 1/N or more.
         """
-        delta = self.target_delta if self.target_delta is not None else 1 / (10 * num_examples)
-        if delta >= 1 / num_examples:
-            raise PrivacyConfigurationError(
-                f"target_delta={delta:g} with N={num_examples} training examples: expected less than 1/N = "
-                f"{1 / num_examples:g}, since a mechanism that publishes one random example has delta = 1/N. "
-                f"Try {1 / (10 * num_examples):.1g}."
-            )
-        return delta
+        return delta_for(self.target_delta, units.num_units, units.unit)
 
-    def plan(
-        self,
-        loader: DataLoader[object],
-        world_size: int,
-        planned_steps: int | None,
-        ledger: Ledger,
-        releases_per_draw: int = 1,
-    ) -> Mechanism:
-        """Return the mechanism of a fit.
-
-        Args:
-            loader: The user's dataloader; its batch size is the expected batch size of one process.
-            world_size: Number of processes.
-            planned_steps: Logical batches planned in all; ``None`` if the trainer has no limit.
-            ledger: Releases made before.
-            releases_per_draw: Noisy gradients released from one logical batch.
+    def sample_rate(self, units: Units, batch_size: int, world_size: int) -> float:
+        """Return q for a dataloader whose batch size is the expected number of examples in one process.
 
         Raises:
-            PrivacyConfigurationError: If batch size, noise, target and steps do not go together.
+            PrivacyConfigurationError: If it is above 1.
         """
-        num_examples, batch_size = len(loader.dataset), loader.batch_size or 0  # type: ignore[arg-type]
-        expected = batch_size * world_size
-        if expected > num_examples:
+        expected = batch_size * world_size / units.examples_per_unit
+        if expected > units.num_units:
             raise PrivacyConfigurationError(
-                f"batch_size={batch_size} on {world_size} process(es) with N={num_examples} training examples: "
-                f"the sample rate would be {expected / num_examples:.3g}, expected at most 1. Use a batch_size of at "
-                f"most {num_examples // world_size}; the memory of a step is set by max_physical_batch_size."
+                f"batch_size={batch_size} on {world_size} process(es) with N={units.num_units} training {units.unit}s: "
+                f"the sample rate would be {expected / units.num_units:.3g}, expected at most 1. Use a batch_size of "
+                f"at most {units.num_units * units.examples_per_unit // world_size}; the memory of a step is set by "
+                "max_physical_batch_size."
             )
-        rate = expected / num_examples
-        delta = self.delta(num_examples)
-        several = math.sqrt(releases_per_draw)
-        noise = self._noise(rate, delta, planned_steps, ledger, several)
-        self._check_first_step(noise, rate, delta, planned_steps, ledger, several)
-        return Mechanism(noise, self.resolved_clipping(), rate, float(expected), releases_per_draw)
-
-    def _noise(self, rate: float, delta: float, planned_steps: int | None, ledger: Ledger, several: float) -> float:
-        """Return the noise multiplier of each release; all from one draw count as one with ``1 / several`` of it."""
-        if self.noise_multiplier is not None:
-            return float(self.noise_multiplier)
-        assert self.target_epsilon is not None, "checked with the arguments"
-        if ledger.num_releases:
-            return several * _noise_so_far(ledger, rate)
-        if planned_steps is None:
-            raise PrivacyConfigurationError(
-                "the noise cannot be calibrated without a planned number of steps: the trainer has max_epochs=-1 and "
-                "max_steps=-1. Give the Trainer max_epochs or max_steps, or give noise_multiplier to DPStrategy."
-            )
-        return several * self._calibrated(self.target_epsilon, rate, delta, planned_steps)
-
-    def _calibrated(self, target_epsilon: float, rate: float, delta: float, num_steps: int) -> float:
-        return calibrate_noise_multiplier(
-            target_epsilon=target_epsilon,
-            target_delta=delta,
-            sample_rate=rate,
-            num_steps=num_steps,
-            accountant=self.accountant,
-        )
-
-    def _check_first_step(
-        self, noise: float, rate: float, delta: float, planned_steps: int | None, ledger: Ledger, several: float
-    ) -> None:
-        """Refuse a budget that does not allow a single step, and say what would."""
-        if self.target_epsilon is None or ledger.num_releases or self.noise_multiplier is None:
-            return
-        first = compute_epsilon(
-            noise_multiplier=noise / several, sample_rate=rate, num_steps=1, delta=delta, accountant=self.accountant
-        )
-        if first <= self.target_epsilon:
-            return
-        steps = planned_steps or 1
-        enough = several * self._calibrated(self.target_epsilon, rate, delta, steps)
-        raise PrivacyConfigurationError(
-            f"target_epsilon={self.target_epsilon:g} is too small for a single step with noise_multiplier={noise:g} at "
-            f"sample rate {rate:.4g}, which spends epsilon {first:.4g} at delta {delta:.3g}. Use noise_multiplier="
-            f"{enough:.4g} for {steps} step(s), or a target_epsilon of at least {first:.4g}."
-        )
-
-
-def _noise_so_far(ledger: Ledger, rate: float) -> float:
-    """Return the noise multiplier that an earlier fit was calibrated to: one budget, one noise.
-
-    Raises:
-        PrivacyConfigurationError: If the sample rate has changed since.
-    """
-    same_rate = [phase.noise_multiplier for phase in ledger.phases if math.isclose(phase.sample_rate, rate)]
-    if not same_rate:
-        before = ", ".join(f"{phase.sample_rate:.6g}" for phase in ledger.phases)
-        raise PrivacyConfigurationError(
-            f"the sample rate is now {rate:.6g} and was {before} in the {ledger.num_releases} releases made before: "
-            "the noise calibrated then does not fit. Use the same dataset and batch_size, or give noise_multiplier; "
-            "earlier releases are accounted in any case."
-        )
-    return max(same_rate)
+        return expected / units.num_units
 
 
 def _check_number(

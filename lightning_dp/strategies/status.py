@@ -5,7 +5,9 @@ Owns: the properties. Does not own: what they tell (``run``).
 
 from __future__ import annotations
 
+from lightning_dp.accounting import Release
 from lightning_dp.budget import PrivacyBudget
+from lightning_dp.record import Record
 from lightning_dp.strategies.run import PrivateRun
 
 
@@ -31,13 +33,37 @@ class PrivacyStatus:
 
     @property
     def sample_rate(self) -> float | None:
-        """The probability of an example to be in a logical batch; ``None`` before the training data is known."""
+        """The probability of a unit to be in a logical batch; ``None`` before the training data is known."""
         return self._run.mechanism.sample_rate if self._run.mechanism else None
+
+    @property
+    def unit(self) -> str | None:
+        """For adding or removing what epsilon is: an ``"example"``, or a ``"user"`` with all of theirs.
+
+        ``None`` before the training data is known.
+        """
+        return self._run.mechanism.unit if self._run.mechanism else None
 
     @property
     def num_releases(self) -> int:
         """Logical batches released from so far, through resumes: noisy steps, or draws under manual optimization."""
         return self._run.ledger.num_releases
+
+    @property
+    def private_statistics(self) -> dict[str, float] | None:
+        """Norms, clipped share and loss of the last logical batch; ``None`` unless they were asked for.
+
+        They are NOT private: they depend on single examples, without noise.
+        """
+        return self._run.statistics.values() if self._run.statistics else None
+
+    def record(self) -> Record | None:
+        """Return the facts about this run, for reports; ``None`` before it has seen its training data."""
+        return self._run.record()
+
+    def releases(self) -> dict[Release, int]:
+        """Return how many releases of each kind there were, through resumes."""
+        return self._run.ledger.counts
 
     @property
     def budget(self) -> PrivacyBudget:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dp.bookkeeping import Keeping
-from lightning_dp.budget import PrivacyBudget
 from lightning_dp.errors import PrivacyError
+from lightning_dp.mechanism import Mechanism
 from lightning_dp.private_step import PrivateStep
 
 
@@ -26,8 +26,13 @@ class Stepping(ABC):
     is_trial = False
     """Whether nothing that happens has an effect, so that no hook of the user's is to be called."""
 
-    def begin_draw(self) -> None:  # noqa: B027 - most have nothing to do
-        """Begin a logical batch."""
+    def begin_draw(self, step: int, mechanism: Mechanism) -> None:  # noqa: B027 - most have nothing to do
+        """Begin a logical batch.
+
+        Args:
+            step: Which one of the run.
+            mechanism: By which it was drawn and will be released.
+        """
 
     def begin(self, num_real: int) -> None:  # noqa: B027
         """Begin a physical batch.
@@ -93,14 +98,14 @@ class AutomaticStepping(Stepping):
     Args:
         keeping: Where per-sample gradients come from.
         step: Where clipped sums go.
-        budget: Books the release.
+        book: Books the release, by the number of its step.
     """
 
-    def __init__(self, keeping: Keeping, step: PrivateStep, budget: PrivacyBudget) -> None:
-        self._keeping, self._step, self._budget = keeping, step, budget
-        self._num_real = 0
+    def __init__(self, keeping: Keeping, step: PrivateStep, book: Callable[[int], None]) -> None:
+        self._keeping, self._step, self._book = keeping, step, book
+        self._num_real = self._at = 0
 
-    def begin_draw(self) -> None:
+    def begin_draw(self, step: int, mechanism: Mechanism) -> None:
         """Begin a logical batch.
 
         Raises:
@@ -112,7 +117,8 @@ class AutomaticStepping(Stepping):
                 "optimizer.step(closure). Call it for every batch; a skipped step would mix two draws of examples."
             )
         self._keeping.abandon()
-        self._step.begin()
+        self._at = step
+        self._step.begin(mechanism)
 
     def begin(self, num_real: int) -> None:
         """Begin a physical batch."""
@@ -123,7 +129,9 @@ class AutomaticStepping(Stepping):
         with self._keeping.recording():
             run()
         # Before the hook on_after_backward, which must not see a gradient without noise.
-        self._step.collect(self._keeping.close(), self._num_real)
+        book = self._keeping.close()
+        self._step.collect(book, self._num_real)
+        self._step.note_loss(loss, book.num_samples, self._num_real)
 
     def release(self, optimizer: Optimizer, result: Any) -> None:
         """Release the noisy gradient of the logical batch.
@@ -138,5 +146,5 @@ class AutomaticStepping(Stepping):
                 "optimizer.step() was called without a new training step: there is nothing to release. Call it once "
                 "for every batch, with the closure that Lightning passes."
             )
-        self._budget.book()
+        self._book(self._at)
         self._step.release()

@@ -10,12 +10,14 @@ from lightning_dp.accounting import (
     Accountant,
     Phase,
     PRVAccountant,
+    RDPAccountant,
+    calibrate,
     calibrate_noise_multiplier,
     compute_epsilon,
     max_further_releases,
     max_steps,
 )
-from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.errors import PrivacyBudgetExceeded, PrivacyConfigurationError
 
 from . import oracles
 
@@ -122,19 +124,51 @@ def test_max_steps_edges():
 def test_further_releases_after_a_history():
     spent, accountant = [Phase(1.0, 0.01, 1000)], PRVAccountant()
     more = max_further_releases(
-        accountant, spent, noise_multiplier=1.2, sample_rate=0.02, target_epsilon=2.7, delta=1e-5
+        accountant, lambda count: [[*spent, Phase(1.2, 0.02, count)]], target_epsilon=2.7, delta=1e-5
     )
     assert more == pytest.approx(500, rel=0.02)  # dp-accounting: 500 releases give 2.6878
     assert accountant.epsilon([*spent, Phase(1.2, 0.02, more)], 1e-5) <= 2.7
     assert accountant.epsilon([*spent, Phase(1.2, 0.02, more + 1)], 1e-5) > 2.7
 
 
-def test_no_further_release_after_too_much():
-    for spent in ([Phase(1.0, 0.01, 10**5)], [Phase(0.0, 0.01, 1)]):
-        more = max_further_releases(
-            PRVAccountant(), spent, noise_multiplier=1, sample_rate=0.01, target_epsilon=1, delta=1e-5
+@pytest.mark.parametrize("spent", [Phase(1.0, 0.01, 10**5), Phase(0.0, 0.01, 1)])
+def test_no_further_release_after_too_much(spent):
+    more = max_further_releases(
+        PRVAccountant(), lambda count: [[spent, Phase(1, 0.01, count)]], target_epsilon=1, delta=1e-5
+    )
+    assert more == 0
+
+
+def test_the_greatest_of_several_histories_counts():
+    """Two partitions: what is left is what fits into the one that has spent more."""
+    spent = [[Phase(1.0, 0.01, 1000)], [Phase(1.0, 0.01, 2000)]]
+    more = max_further_releases(
+        PRVAccountant(), lambda n: [[*history, Phase(1.0, 0.01, n)] for history in spent], target_epsilon=3, delta=1e-5
+    )
+    alone = max_steps(target_epsilon=3, target_delta=1e-5, noise_multiplier=1, sample_rate=0.01)
+    assert more == alone - 2000
+
+
+@pytest.mark.parametrize("accountant", [PRVAccountant(), RDPAccountant()])
+def test_calibration_after_a_history(accountant):
+    spent = [Phase(1.0, 0.01, 1000)]
+    noise = calibrate(accountant, lambda z: [[*spent, Phase(z, 0.02, 500)]], target_epsilon=2.7, delta=1e-5)
+    if accountant.name == "prv":
+        assert noise == pytest.approx(1.2, rel=0.01)  # dp-accounting: 1.2 gives 2.6878
+    assert oracles.pld_epsilon([(0.01, 1.0, 1000), (0.02, noise, 500)], 1e-5) <= 2.7
+    assert 2.7 * 0.995 <= accountant.epsilon([*spent, Phase(noise, 0.02, 500)], 1e-5) <= 2.7
+
+
+def test_calibration_after_too_much():
+    with pytest.raises(
+        PrivacyBudgetExceeded, match=r"target_epsilon=1: earlier releases alone have spent epsilon 1\.8"
+    ):
+        calibrate(
+            PRVAccountant(),
+            lambda z: [[Phase(1.0, 0.01, 1000), Phase(z, 0.02, 500)]],
+            target_epsilon=1.0,
+            delta=1e-5,
         )
-        assert more == 0
 
 
 class Jumping(Accountant):

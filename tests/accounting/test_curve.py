@@ -11,8 +11,10 @@ from . import oracles
 
 
 def curve(num_steps, **changes):
-    arguments = {"noise_multiplier": 1.0, "sample_rate": 0.01, "delta": 1e-5, "knots": 8} | changes
-    return epsilon_curve(PRVAccountant(), [Phase(1.2, 0.02, 500)], num_steps=num_steps, **arguments)
+    arguments = {"delta": 1e-5, "knots": 8} | changes
+    return epsilon_curve(
+        PRVAccountant(), lambda n: [[Phase(1.2, 0.02, 500), Phase(1.0, 0.01, n)]], num_steps=num_steps, **arguments
+    )
 
 
 def test_curve_after_a_history():

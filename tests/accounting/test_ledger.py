@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dp.accounting import Ledger, Phase
+from lightning_dp.accounting import Ledger, Phase, Release
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 
 KINDS = [(1.0, 0.1), (0.5, 0.1), (1.0, 1.0)]
@@ -27,7 +27,7 @@ ACTIONS = st.lists(
 
 def book(ledger: Ledger, count: int, kind: tuple[float, float] = KINDS[0]) -> Ledger:
     for _ in range(count):
-        ledger.book(*kind)
+        ledger.book(Release(*kind))
     return ledger
 
 
@@ -77,7 +77,7 @@ def test_two_processes_against_sets_of_releases(actions):
     for action, who, what in actions:
         before = ledgers[who].num_releases
         if action == "book":
-            ledgers[who].book(*what)
+            ledgers[who].book(Release(*what))
             known[who].add((made, what))
             made += 1
         elif action == "save":
@@ -95,9 +95,14 @@ def test_two_processes_against_sets_of_releases(actions):
 
 STATES = st.dictionaries(
     st.sampled_from("abc"),
-    st.lists(st.tuples(st.sampled_from([0.5, 1.0]), st.just(0.1), st.integers(0, 9)).map(list), max_size=3),
+    st.lists(
+        st.tuples(st.sampled_from([0.5, 1.0]), st.just(0.1), st.integers(0, 9)).map(
+            lambda row: Release(*row[:2]).as_row(row[2])
+        ),
+        max_size=3,
+    ),
     max_size=3,
-).map(lambda segments: {"version": 1, "segments": segments})
+).map(lambda segments: {"version": 2, "segments": segments})
 
 
 @given(st.lists(STATES, max_size=4), st.randoms())
@@ -136,7 +141,14 @@ def test_forked_process_goes_on_separately(monkeypatch):
 @pytest.mark.parametrize("kind", [(-1.0, 0.1), (math.nan, 0.1), (1.0, 0.0)])
 def test_bad_release(kind):
     with pytest.raises(PrivacyConfigurationError, match="expected"):
-        Ledger().book(*kind)
+        Release(*kind)
+
+
+ROW = Release(1.0, 0.1).as_row(3)
+
+
+def rows(*rows):
+    return {"version": 2, "segments": {"a": list(rows)}}
 
 
 @pytest.mark.parametrize(
@@ -144,16 +156,21 @@ def test_bad_release(kind):
     [
         (None, r"no privacy ledger: None has no 'version'"),
         ({}, r"no privacy ledger: \{\} has no 'version'"),
-        ({"version": 2, "segments": {}}, r"version 2; this library reads version 1"),
-        ({"version": 1}, r"segments=None, expected a mapping"),
-        ({"version": 1, "segments": [1]}, r"segments=\[1\], expected a mapping"),
-        ({"version": 1, "segments": {3: []}}, r"segment id 3, expected a string"),
-        ({"version": 1, "segments": {"": []}}, r"segment id '', expected a string"),
-        ({"version": 1, "segments": {"a": 5}}, r"segment 'a' is 5, expected a list"),
-        ({"version": 1, "segments": {"a": [[1.0, 0.1]]}}, r"segment 'a' is \[\[1.0, 0.1\]\], expected a list"),
-        ({"version": 1, "segments": {"a": [[1.0, 0.1, -3]]}}, r"num_releases=-3: expected an integer >= 0"),
-        ({"version": 1, "segments": {"a": [[math.nan, 0.1, 3]]}}, r"noise_multiplier=nan: expected"),
-        ({"version": 1, "segments": {"a": [[1.0, 0.1, 3]] * 50 + [7]}}, r"\.\.\., expected a list"),
+        ({"version": 1, "segments": {}}, r"version 1; this library reads version 2"),
+        ({"version": 2}, r"segments=None, expected a mapping"),
+        ({"version": 2, "segments": [1]}, r"segments=\[1\], expected a mapping"),
+        ({"version": 2, "segments": {3: []}}, r"segment id 3, expected a string"),
+        ({"version": 2, "segments": {"": []}}, r"segment id '', expected a string"),
+        ({"version": 2, "segments": {"a": 5}}, r"segment 'a' is 5, expected a list"),
+        (rows([1.0, 0.1]), r"segment 'a' is \[\[1.0, 0.1\]\], expected a list .*expected a mapping with the keys"),
+        (rows({**ROW, "num_releases": -3}), r"num_releases=-3: expected an integer >= 0"),
+        (rows({**ROW, "noise_multiplier": math.nan}), r"noise_multiplier=nan: expected"),
+        (rows({**ROW, "extra": 1}), r"expected a mapping with the keys \['noise_multiplier', 'num_releases'"),
+        (rows({**ROW, "unit": "patient"}), r"unit='patient': expected 'example' or 'user'"),
+        (rows({**ROW, "sampling": "shuffle"}), r"sampling='shuffle': expected 'poisson'"),
+        (rows({**ROW, "partition": 7}), r"partition=7: expected a name, or None"),
+        (rows({**ROW, "num_units": 1.5}), r"num_units=1.5: expected an integer >= 0"),
+        (rows(*[ROW] * 50, 7), r"\.\.\., expected a list"),
     ],
 )
 def test_malformed_states(state, found):
@@ -161,3 +178,30 @@ def test_malformed_states(state, found):
     with pytest.raises(PrivacyError, match=found):
         ledger.merge(state)
     assert ledger.num_releases == 2
+
+
+A, B = Release(1.0, 0.1, 50, partition="a"), Release(2.0, 0.2, 70, partition="b")
+ALL = Release(3.0, 0.3, 90)
+
+
+def test_a_unit_takes_part_in_one_partition_and_in_all_that_is_not_parted():
+    ledger = Ledger()
+    for release, count in [(A, 2), (B, 3), (ALL, 4)]:
+        for _ in range(count):
+            ledger.book(release)
+    assert set(map(frozenset, ledger.histories())) == {
+        frozenset({Phase(1.0, 0.1, 2), Phase(3.0, 0.3, 4)}),
+        frozenset({Phase(2.0, 0.2, 3), Phase(3.0, 0.3, 4)}),
+    }
+    assert Phase(1.0, 0.1, 7) in ledger.histories({A: 5})[0]
+    assert ledger.num_releases == 9
+    assert ledger.counts == {A: 2, B: 3, ALL: 4}
+
+
+def test_without_partitions_all_releases_compose():
+    ledger = Ledger()
+    assert ledger.histories() == ((),)
+    ledger.book(Release(1.0, 0.1, 50))
+    ledger.book(Release(1.0, 0.1, 60))
+    assert ledger.histories() == ((Phase(1.0, 0.1, 2),),)
+    assert len(ledger.counts) == 2

@@ -1,20 +1,26 @@
 """What the monitor logs and prints."""
 
+import csv
+
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_dp as ldp
+from lightning_dp.private_statistics import PrivateStatistics
 from tests.models import Regression, loader, trainer
 
 
-def logged(tmp_path, strategy, steps=6):
-    import csv
+def read(log):
+    with open(f"{log.log_dir}/metrics.csv") as file:
+        return list(csv.DictReader(file))
 
+
+def logged(tmp_path, strategy, steps=6):
     log = CSVLogger(tmp_path)
     fit = trainer(strategy, max_steps=steps, logger=log, log_every_n_steps=1, callbacks=[ldp.PrivacyMonitor()])
     fit.fit(Regression(), loader())
-    with open(f"{log.log_dir}/metrics.csv") as file:
-        return fit, list(csv.DictReader(file))
+    return fit, read(log)
 
 
 def test_epsilon_and_steps_left_after_every_step(tmp_path):
@@ -64,3 +70,65 @@ def test_longer_than_planned(tmp_path):
 def test_a_private_strategy_is_needed(callback):
     with pytest.raises(ldp.PrivacyConfigurationError, match=f"{callback.__name__} with strategy=SingleDeviceStrategy"):
         trainer("auto", callbacks=[callback()]).fit(Regression(), loader())
+
+
+# ---- what is not private ---------------------------------------------------------------------------------------------
+
+
+class Fixed(Regression):
+    """Samples x with the gradient x, for a loss that is x times the parameters."""
+
+    def training_step(self, batch, batch_idx):
+        return (self.net.weight.sum(0) * batch[0]).sum(1).mean()
+
+
+def per_sample(data):
+    """Norms of the gradients of `Fixed`, by hand: every one of two rows of the weight has the gradient x."""
+    return (2 * data.dataset.tensors[0].square().sum(1)).sqrt()
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_physical_batch_size": 3}, {"clipping_engine": "loop"}])
+def test_private_statistics_are_those_of_the_drawn_samples(tmp_path, settings):
+    log, data = CSVLogger(tmp_path), loader(batch_size=20)  # everything is drawn
+    dp = ldp.DPStrategy(noise_multiplier=1.0, max_grad_norm=2.0, private_statistics=True, **settings)
+    fit = trainer(dp, max_steps=1, logger=log, log_every_n_steps=1, callbacks=[ldp.PrivacyMonitor(summary=False)])
+    module = Fixed()
+    before = module.net.weight.detach().clone()
+    fit.fit(module, data)
+    (row,) = read(log)
+    norms = per_sample(data)
+    assert float(row["private/clipped_share"]) == pytest.approx(float((norms > 2.0).double().mean()))
+    assert 0 < float(row["private/clipped_share"]) < 1
+    assert float(row["private/grad_norm"]) == pytest.approx(float(norms.median()), rel=1e-5)
+    loss = float((before.sum(0) * data.dataset.tensors[0]).sum(1).mean())
+    assert float(row["private/train_loss"]) == pytest.approx(loss, rel=1e-4, abs=1e-6)
+
+
+def test_a_sum_is_logged_as_a_mean(tmp_path):
+    class Sum(Fixed):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * len(batch[0])
+
+    log, data, module = CSVLogger(tmp_path), loader(batch_size=20), Sum()
+    loss = float((module.net.weight.detach().sum(0) * data.dataset.tensors[0]).sum(1).mean())
+    dp = ldp.DPStrategy(noise_multiplier=1.0, loss_reduction="sum", private_statistics=True)
+    trainer(dp, max_steps=1, logger=log, log_every_n_steps=1, callbacks=[ldp.PrivacyMonitor()]).fit(module, data)
+    assert float(read(log)[0]["private/train_loss"]) == pytest.approx(loss, rel=1e-4, abs=1e-6)
+
+
+def test_by_default_nothing_of_it_exists(tmp_path):
+    fit, rows = logged(tmp_path, ldp.DPStrategy(noise_multiplier=2.0))
+    assert fit.strategy.private_statistics is None
+    assert not [name for name in rows[0] if name.startswith("private/")]
+
+
+def test_statistics_of_odd_batches():
+    statistics = PrivateStatistics()
+    assert statistics.values() == {}
+    statistics.begin(1.0)
+    statistics.add_norms(torch.tensor([float("nan"), float("inf"), 0.5]))
+    statistics.add_loss(torch.tensor(3.0), 0)  # an empty draw
+    assert statistics.values() == {"clipped_share": pytest.approx(2 / 3), "grad_norm": 0.5}
+    statistics.begin(1.0)
+    statistics.add_norms(torch.tensor([float("nan")]))
+    assert statistics.values() == {"clipped_share": 1.0}

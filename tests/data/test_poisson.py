@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dp.data import PoissonLoader
+from lightning_dp.data import ExampleUnits, PoissonLoader
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import SecretRandom
 
@@ -22,11 +22,23 @@ class Known(SecretRandom):
         self._cpu = np.random.default_rng(seed)
 
 
-def poisson(n=N, q=0.3, num_batches=DRAWS, physical=8, seed=0, constant_size=False, **kwargs):
-    user = DataLoader(TensorDataset(torch.arange(n)), batch_size=5, **kwargs)
+def poisson(
+    n=N,
+    q=0.3,
+    num_batches=DRAWS,
+    physical=8,
+    seed=0,
+    constant_size=False,
+    user=None,
+    first_step=0,
+    units=None,
+    **kwargs,
+):
     return PoissonLoader(
-        user,
-        sample_rate=q,
+        user or DataLoader(TensorDataset(torch.arange(n)), batch_size=5, **kwargs),
+        units or ExampleUnits(n),
+        sample_rate=q if callable(q) else lambda step: q,
+        first_step=lambda: first_step,
         num_batches=num_batches,
         max_physical_batch_size=physical,
         random=Known(seed),
@@ -109,7 +121,7 @@ def test_phantoms_that_hide_the_size_repeat_the_draw():
 def test_workers_keep_batches_and_sizes_together(workers):
     loader = poisson(num_batches=20, num_workers=workers)
     loader_sizes = [len(ids) for ids in logical_batches(loader)]
-    expected = [len(ids) for ids in (poisson(num_batches=20).draw() for _ in range(1))]
+    expected = [len(ids) for ids in (poisson(num_batches=20).draw(0.3) for _ in range(1))]
     assert loader_sizes[0] == expected[0]
     assert len(loader_sizes) == 20
 
@@ -160,6 +172,17 @@ def test_batch_of_uses_the_collate_function_on_copies():
 
     data = [[k] for k in range(4)]
     user = DataLoader(data, batch_size=2, collate_fn=collate)
-    loader = PoissonLoader(user, sample_rate=0.5, num_batches=1, max_physical_batch_size=2, random=Known(0))
+    loader = poisson(4, user=user)
     assert loader.batch_of([0, 3, 3]) == [0, 3, 3]
     assert data == [[0], [1], [2], [3]]
+
+
+def test_every_step_has_its_own_rate():
+    """Step 7 on is drawn with certainty, the steps before with rate 0.1."""
+    loader = poisson(q=lambda step: 1.0 if step >= 7 else 0.1, num_batches=10, first_step=5, physical=1000)
+    drawn = []
+    for _ in loader:
+        chunk, _ = loader.take()
+        drawn.append((chunk.step, chunk.sample_rate, chunk.num_real))
+    assert [row[:2] for row in drawn] == [(step, 1.0 if step >= 7 else 0.1) for step in range(5, 15)]
+    assert all((size == N) == (step >= 7) for step, _, size in drawn)

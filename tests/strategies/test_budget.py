@@ -184,7 +184,7 @@ def test_the_optimizer_does_not_see_the_loss():
 
 
 def test_the_default_delta_suits_every_dataset_of_a_run():
-    dp = ldp.DPStrategy(noise_multiplier=1.0)
+    dp = ldp.DPStrategy(noise_multiplier=1.0, changed_settings="new_phase")
     fit, module = trainer(dp, max_steps=1), Regression()
     fit.fit(module, loader(n=1000))
     fit.fit_loop.epoch_loop.max_steps = 2

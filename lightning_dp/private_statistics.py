@@ -1,0 +1,55 @@
+"""Statistics of a logical batch that are NOT private: norms, the clipped share, the training loss.
+
+Owns: collecting them, if the user has asked for it. Does not own: showing them (``callbacks``).
+
+They depend on single examples without noise, so whoever sees them has seen more than epsilon accounts for: a norm that
+is published is a release (arXiv 1607.00133, section 5, notes the same of adaptive bounds).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class PrivateStatistics:
+    """Collects over the physical batches of one logical batch.
+
+    | logical batch | values |
+    |---|---|
+    | empty draw | none |
+    | norms that are not finite | such a sample counts as clipped, and not towards the median |
+    """
+
+    def __init__(self) -> None:
+        self._norms: list[Tensor] = []
+        self._losses: list[tuple[Tensor, int]] = []
+        self._max_grad_norm = 1.0
+
+    def begin(self, max_grad_norm: float) -> None:
+        """Begin a logical batch."""
+        self._norms.clear()
+        self._losses.clear()
+        self._max_grad_norm = max_grad_norm
+
+    def add_norms(self, norm: Tensor) -> None:
+        """Add norms of drawn samples, before clipping; shape ``[B]``, not squared."""
+        self._norms.append(norm.detach())
+
+    def add_loss(self, mean_loss: Tensor, num_real: int) -> None:
+        """Add the mean loss of a physical batch with so many drawn samples."""
+        if num_real:
+            self._losses.append((mean_loss.detach(), num_real))
+
+    def values(self) -> dict[str, float]:
+        """Return ``clipped_share``, ``grad_norm`` (the median) and ``train_loss``, as far as there was something."""
+        found: dict[str, float] = {}
+        norms = torch.cat(self._norms) if self._norms else torch.empty(0)
+        if norms.numel():
+            found["clipped_share"] = float((~(norms <= self._max_grad_norm)).double().mean())
+            finite = norms[norms.isfinite()]
+            found.update({"grad_norm": float(finite.median())} if finite.numel() else {})
+        if self._losses:
+            total = sum(num_real for _, num_real in self._losses)
+            found["train_loss"] = sum(float(loss) * num_real for loss, num_real in self._losses) / total
+        return found

@@ -1,0 +1,214 @@
+"""The hooks of Lightning that make steps private, whatever else a strategy does.
+
+Owns: which hook does what. Does not own: sampling (``data``), per-sample gradients (``bookkeeping``), clipping and
+noise (``private_step``), the budget (``budget``) or the checks (``checks``), nor devices and processes (``dp``).
+
+One Lightning batch is one logical batch, so that ``global_step``, ``max_steps``, schedulers and progress bars count
+what they always count. Reading order of one step: `training_step`, `backward`, `optimizer_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_dp.bookkeeping import BookKeeping, Keeping, NotObserved
+from lightning_dp.data import Drawn, PhysicalBatch
+from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.strategies import checks
+from lightning_dp.strategies.preparing import Prepared, look_again, prepare
+from lightning_dp.strategies.run import PrivateRun
+from lightning_dp.strategies.settings import PrivacySettings
+from lightning_dp.strategies.status import PrivacyStatus
+from lightning_dp.strategies.stepping import Stepping, Unprepared
+from lightning_dp.strategies.undisturbed import Attempt
+
+Rehearsal = Callable[[PrivateRun, Callable[[Any], Any], Callable[..., Any], Callable[[Stepping], Stepping]], None]
+"""``rehearsal(run, moved, step, put)``: ``step(moved(batch), batch_idx)`` runs the training step on a batch, behind the
+stepping that ``put`` puts there."""
+
+
+class PrivateHooks(PrivacyStatus, ParallelStrategy):
+    """To be mixed into a strategy of Lightning, before it; `_begin_run` comes with its construction."""
+
+    def _begin_run(self, settings: PrivacySettings) -> None:
+        """Begin a run, with the checked arguments of the strategy."""
+        self._run = PrivateRun(settings)
+        self._prepared: Prepared | None = None
+        self._stepping: Stepping = Unprepared()
+        self._rehearsal: Rehearsal | None = None
+
+    # ---- before the first step ---------------------------------------------------------------------------------
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Replace the train dataloader by one that draws Poisson samples, and settle the mechanism."""
+        trainer = self._module.trainer
+        if trainer.state.stage != RunningStage.TRAINING:
+            return super().process_dataloader(dataloader)
+        return self._run.plan(dataloader, trainer, self.world_size)
+
+    def on_train_start(self) -> None:
+        """Check that the loader whose draws are accounted is the one that Lightning iterates."""
+        super().on_train_start()
+        if self._module.trainer.train_dataloader is not self._run.loader:
+            raise PrivacyConfigurationError(
+                f"the train dataloader is a {type(self._module.trainer.train_dataloader).__name__} of several: "
+                "expected one DataLoader. Training on several datasets at once is not accounted for."
+            )
+        self._forget()
+        if self._rehearsal is not None:
+            self._rehearsal(self._run, self._moved, partial(Strategy.training_step, self), self._put)
+
+    @contextmanager
+    def rehearsing(self, rehearsal: Rehearsal) -> Iterator[None]:
+        """Have ``rehearsal`` called by a fit that is ready for its first step; it may end the fit by an exception."""
+        self._rehearsal = rehearsal
+        try:
+            yield
+        finally:
+            self._rehearsal = None
+
+    # ---- one logical batch -------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run all physical batches of a logical batch; the backward pass of the last one is left to Lightning."""
+        batch, *rest = args
+        assert self._run.loader is not None, "fit sets up the loader before its first step"
+        delivered, others = self._run.loader.take()
+        self.budget.check_next(delivered.step)
+        if not self._module.automatic_optimization:
+            checks.check_undivided(others)
+
+        def run_step(data: Any, batch_idx: int | None = None) -> Any:
+            arguments = rest if batch_idx is None else [batch_idx, *rest[1:]]
+            return Strategy.training_step(self, data, *arguments[: len(rest)], **kwargs)
+
+        keeping = self._begin(delivered, run_step)
+        for other in others:
+            moved = PhysicalBatch(self._moved(other.data), other.num_rows, other.num_real)
+            loss = checks.loss_of(self._forward(keeping, moved, run_step))
+            if loss is not None:
+                self.backward(loss, self.optimizers[0])
+        output = self._forward(keeping, PhysicalBatch(batch, delivered.num_rows, delivered.num_real), run_step)
+        if self._module.automatic_optimization:
+            checks.loss_of(output)
+        return output
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a backward pass; the gradients of its samples go into the book, not into ``.grad``."""
+        plugin, stepping = self.precision_plugin, self._stepping
+        if not stepping.is_trial:
+            self.pre_backward(closure_loss)
+            closure_loss = plugin.pre_backward(closure_loss, self._module)
+        stepping.backward(closure_loss, lambda: plugin.backward(closure_loss, self._module, optimizer, *args, **kwargs))
+        if not stepping.is_trial:
+            closure_loss = plugin.post_backward(closure_loss, self._module)
+            self.post_backward(closure_loss)
+        return closure_loss
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Let an optimizer step by released gradients."""
+
+        def private_closure() -> Any:
+            with self._stepping.recording():
+                result = closure()
+            # Only now: under automatic optimization the training step, which may prepare another, is in the closure.
+            return self._stepping.release(optimizer, result)
+
+        if self._stepping.is_trial:
+            return private_closure()
+        with self._stepping.paused():
+            return super().optimizer_step(optimizer, private_closure, model, **kwargs)
+
+    def _begin(self, drawn: Drawn, run_step: Callable[..., Any]) -> Keeping:
+        """Begin a logical batch; on the first one, and when other parameters are trained, observe the model."""
+        checks.check_trainer(self._module.trainer)
+        prepared = self._prepared
+        if prepared is None or not prepared.holds_for(self._module):
+            prepared = prepare(self._module, self._run, self._with_transfer(run_step), self._put)
+            self._prepared, self._stepping = prepared, prepared.stepping
+        self._stepping.begin_draw(drawn.step, self._run.mechanism_of(drawn))
+        return prepared.keeping
+
+    def _forward(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
+        """Run the training step on a physical batch; if it takes a branch that no step before took, look at that."""
+        if not self._module.automatic_optimization or not isinstance(keeping, BookKeeping):
+            return self._recorded(keeping, batch, run_step)  # optimizers may have stepped before a refusal
+        attempt = Attempt(self._module)
+        try:
+            return self._recorded(keeping, batch, run_step)
+        except NotObserved:
+            keeping.abandon()
+            attempt.undo()
+        look_again(self._module, self._run, self._with_transfer(run_step), self._put, keeping)
+        return self._recorded(keeping, batch, run_step)
+
+    def _recorded(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
+        self._stepping.begin(batch.num_real)
+        results = self._module.trainer._results
+        if results is not None:  # what Lightning does for the batches it fetches itself
+            results.batch, results.batch_size = batch.data, None
+        try:
+            with self._stepping.running(batch.data), keeping.recording(batch.num_rows):
+                return run_step(batch.data)
+        finally:
+            self._stepping.end()
+
+    def _with_transfer(self, run_step: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda data, batch_idx=None: run_step(self._moved(data), batch_idx)
+
+    def _put(self, stepping: Stepping) -> Stepping:
+        """Put another stepping behind the hooks, and return the one before."""
+        before, self._stepping = self._stepping, stepping
+        return before
+
+    def _forget(self) -> None:
+        if self._prepared is not None:
+            self._prepared.keeping.abandon()
+        self._prepared, self._stepping = None, Unprepared()
+
+    def _moved(self, batch: Any) -> Any:
+        """Do to a batch what Lightning does to those it fetches itself."""
+        batch = self.precision_plugin.convert_input(batch)
+        return self.batch_to_device(self._module._on_before_batch_transfer(batch, dataloader_idx=0), dataloader_idx=0)
+
+    # ---- what outlives the fit ---------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save the ledger in the checkpoint, and begin to keep the journal beside it."""
+        self._run.put_into(checkpoint)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._run.keep_journal_beside(Path(filepath))
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint; to go on with a fit, also every release that it and the journals beside it know of."""
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        if self._module.trainer.state.fn == TrainerFn.FITTING:
+            self._run.resume(checkpoint, Path(checkpoint_path))
+        return checkpoint
+
+    def teardown(self) -> None:
+        """Leave nothing on the module, and the exact number of releases on disk; also after an exception."""
+        self._forget()
+        self._run.close()
+        super().teardown()
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None, "the trainer connects the module first"
+        return self.lightning_module
