@@ -86,7 +86,7 @@ class Run:
         process.start()
         if moment == "step":
             wait(process, lambda: self.witnessed > witnessed)
-            time.sleep(self.chance.uniform(0, 0.5))
+            time.sleep(self.chance.uniform(0, 2.0))
         elif moment == "checkpoint":
             wait(process, lambda: len(self.checkpoints()) > saved)
             time.sleep(self.chance.uniform(0, 0.01))
