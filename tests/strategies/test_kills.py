@@ -104,7 +104,7 @@ def forks(monkeypatch):
 
 
 def wait(process, condition):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not condition():
         assert process.exitcode is None, "the run ended by itself"
         assert time.monotonic() < deadline, "nothing happened"
