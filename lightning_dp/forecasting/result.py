@@ -94,10 +94,11 @@ class Forecast:
         num_steps: Logical batches that are still to come; ``None`` without a limit.
         target_epsilon: The budget, in nats; ``None`` without one.
         num_allowed: How many further steps fit into it; ``None`` if that was not asked for.
-        num_examples: N; ``None`` if only the sample rate is known.
+        num_examples: N, or the number of units that are no examples; ``None`` if only the sample rate is known.
         accountant: Whose epsilon counts: a name or an `Accountant`.
         spent: What was released before.
         releases_per_draw: Noisy gradients released from one logical batch.
+        unit: What is drawn, added or removed: ``"example"`` or ``"user"``.
     """
 
     sample_rate: float
@@ -110,6 +111,7 @@ class Forecast:
     accountant: str | Accountant = "prv"
     spent: tuple[Phase, ...] = ()
     releases_per_draw: int = 1
+    unit: str = "example"
 
     @property
     def batch_size(self) -> float | None:

@@ -75,7 +75,7 @@ def print_budget(forecast: Forecast, console: Console) -> None:
 
 def _settings(forecast: Forecast) -> Iterator[tuple[str, str]]:
     if forecast.num_examples is not None:
-        yield "training examples (N)", f"{forecast.num_examples:,}"
+        yield f"training {forecast.unit}s (N)", f"{forecast.num_examples:,}"
         yield "expected batch", f"{forecast.batch_size:g}"
     yield "sample rate", f"{forecast.sample_rate:.4g}"
     yield "steps", f"{forecast.num_steps:,}, that is {_passes(forecast, forecast.num_steps)} passes over the data"
@@ -86,7 +86,7 @@ def _settings(forecast: Forecast) -> Iterator[tuple[str, str]]:
     )
     yield "delta", f"{forecast.delta:.3g}"
     yield "accountant", str(getattr(forecast.accountant, "name", forecast.accountant))
-    yield "holds for", "adding or removing one training example"
+    yield "holds for", f"adding or removing one training {forecast.unit}"
 
 
 def _steps(forecast: Forecast) -> Table:

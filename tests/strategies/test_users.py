@@ -503,3 +503,38 @@ def test_regression_on_examples_is_unchanged():
         released.append((torch.cat([p.grad.flatten() for p in module.parameters()]), dp.unit, dp.delta))
     torch.testing.assert_close(released[0][0], released[1][0], rtol=0, atol=0)
     assert released[0][1:] == released[1][1:] == ("example", 1 / 130)
+
+
+class Drops:
+    """Leaves out examples whose number is marked, as collate functions do with broken files."""
+
+    def __init__(self, dropped):
+        self.dropped = dropped
+
+    def __call__(self, examples):
+        kept = [e for e in examples if int(e[-1]) not in self.dropped]
+        return [torch.stack([e[k] for e in kept]) for k in range(3)]
+
+
+@pytest.mark.parametrize("in_training_step", [False, True])
+def test_a_row_that_is_left_out_is_noticed(in_training_step):
+    """One row of each user is missing after the model was observed: what is left divides evenly, and wrongly."""
+    ids = [user for user in range(40) for _ in range(2)]
+    numbers = set()
+    collate = Drops(numbers)
+
+    class Late(Mean):
+        def on_before_optimizer_step(self, optimizer):
+            numbers.update(range(0, 80, 2))
+
+        def training_step(self, batch, batch_idx):
+            if in_training_step:
+                batch = collate(list(zip(*batch, strict=True)))
+            return super().training_step(batch, batch_idx)
+
+    module = Late()
+    data = users(2, ids, data=rows_of((3,), ids), collate_fn=None if in_training_step else collate)
+    dp = ldp.DPStrategy(noise_multiplier=1.0)
+    with pytest.raises(ldp.UnsupportedModelError, match=r"held 2 row\(s\) of each sample"):
+        trainer(dp, max_steps=2).fit(module, data)
+    assert dp.num_releases == 1
