@@ -208,7 +208,7 @@ class _Rehearsal:
 
     def _forecast(self, planned_left: int | None) -> Forecast | None:
         """Return what the budget of this fit comes to; nothing without noise."""
-        run, plan = self._run, self._plan
+        run = self._run
         assert run.mechanism is not None, "settled with the dataloader"
         if run.mechanism.noise_multiplier == 0:
             return None
