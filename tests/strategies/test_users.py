@@ -538,3 +538,46 @@ def test_a_row_that_is_left_out_is_noticed(in_training_step):
     with pytest.raises(ldp.UnsupportedModelError, match=r"held 2 row\(s\) of each sample"):
         trainer(dp, max_steps=2).fit(module, data)
     assert dp.num_releases == 1
+
+
+class Packed(Mean):
+    """One sequence for each row, packed."""
+
+    def __init__(self):
+        super().__init__(Recurrent().double())
+
+    def loss(self, batch):
+        lengths = torch.full((len(batch[0]),), 4)
+        packed = nn.utils.rnn.pack_padded_sequence(batch[0], lengths, batch_first=True, enforce_sorted=False)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.net.lstm(packed)[0], batch_first=True)
+        return F.mse_loss(self.net.head(out.mean(1)), batch[1])
+
+
+def test_packed_sequences():
+    data = rows_of((4, 3))
+    with pytest.raises(ldp.UnsupportedModelError, match="the packed sequence holds 4 sequences for 2 samples"):
+        trainer(max_steps=1).fit(Packed(), users(2, data=data))
+    assert_right(Packed(), 1, data=data)
+    assert_right(Packed(), 2, data=data, clipping_engine="loop")
+
+
+def test_a_parameter_for_every_row():
+    class Token(Mean):
+        def __init__(self, join):
+            super().__init__()
+            self.token, self.join = nn.Parameter(torch.ones(1, 3).double()), join
+
+        def loss(self, batch):
+            token = self.join(self.token, len(batch[0]))
+            return F.mse_loss(self.net(batch[0] * token), batch[1])
+
+    assert_right(Token(lambda t, n: t.expand(n, -1)), 2)
+    assert_right(Token(lambda t, n: torch.cat([t] * n)), 1)
+    with pytest.raises(ldp.UnsupportedModelError, match="do not scale with the number of samples"):
+        trainer(max_steps=1).fit(Token(lambda t, n: torch.cat([t] * n)), users(2))
+
+
+def test_dropout_draws_for_every_row():
+    """The self-check compares users under equal draws for all rows."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    trainer(ldp.DPStrategy(noise_multiplier=1.0), max_steps=2).fit(Mean(net), users(3))
