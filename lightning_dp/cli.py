@@ -36,7 +36,7 @@ COMMANDS = {
     "plan": Command(
         plan_numbers, "with --num_examples and other numbers: what a budget comes to, without a model", takes_numbers
     ),
-    "report": Command(report_command, "CHECKPOINT: what the run of a checkpoint spent, recomputed from its ledger"),
+    "report": Command(report_command, "CKPT: what a private fit did, what it cost and what is not covered"),
 }
 
 

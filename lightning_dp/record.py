@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lightning_dp.plain import VERSION
+from lightning_dp.schedule import Stage
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class MechanismRecord:
         max_grad_norm: The largest L2 norm (not squared) of what one unit adds to the sum.
         sensitivity: How far the sum can move when one unit is added or removed (L2 norm, not squared).
         expected_batch_size: What the noisy sum is divided by.
-        sample_rate: The probability of each example to be in a logical batch.
+        sample_rate: The probability of each unit to be in a logical batch.
         releases_per_draw: Noisy gradients released from one logical batch.
-        unit: What is added or removed.
+        unit: What is added or removed: ``"example"`` or ``"user"``.
+        schedule: How noise and batch size change over the steps, as multiples of the numbers above.
     """
 
     noise_multiplier: float
@@ -37,6 +39,7 @@ class MechanismRecord:
     sample_rate: float
     releases_per_draw: int
     unit: str = "example"
+    schedule: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,16 @@ class SamplerRecord:
     Args:
         kind: The way of sampling.
         dataset: The class of the dataset.
-        num_examples: N, which is treated as public.
+        num_examples: How many examples it has; treated as public.
+        num_units: N: how many units it has; the same number if every example is a unit.
         batches_per_epoch: Logical batches in an epoch.
-        max_physical_batch_size: The most examples that are processed at a time.
+        max_physical_batch_size: The most units that are processed at a time.
     """
 
     kind: str
     dataset: str
     num_examples: int
+    num_units: int
     batches_per_epoch: int
     max_physical_batch_size: int
 

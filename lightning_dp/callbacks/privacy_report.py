@@ -121,7 +121,7 @@ class PrivacyReport(pl.Callback):
         record = strategy.record()
         if record is None:
             return None
-        return make_report(record, strategy.releases, strategy.accountant, self._watched)
+        return make_report(record, strategy.releases(), strategy.budget.accountant, self._watched)
 
     def _write(self, trainer: pl.Trainer) -> None:
         report = self.report(trainer) if trainer.is_global_zero else None

@@ -223,6 +223,7 @@ class _Rehearsal:
             unit=run.mechanism.unit,
             accountant=run.settings.accountant,
             spent=run.ledger.phases,
+            after=run.budget.forecaster() if run.settings.schedule or run.ledger.num_releases else None,
             releases_per_draw=run.mechanism.releases_per_draw,
         )
 

@@ -11,7 +11,7 @@ batches for the same reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from lightning_dp.accounting import MAX_RELEASES, Accountant, Phase, resolve_acc
 from lightning_dp.forecasting.search import TOLERANCE, Answer, Question, answer_in_turn, quotient_at, side_by_side
 
 _EPSILONS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
-_STEP_POWERS, _BATCH_POWERS = range(-9, 3), range(-3, 5)
+_STEP_POWERS, _BATCH_POWERS = range(-9, 2), range(-3, 5)
 _NEAR_BEST = 1.05
 
 
@@ -97,6 +97,8 @@ class Forecast:
         num_examples: N, or the number of units that are no examples; ``None`` if only the sample rate is known.
         accountant: Whose epsilon counts: a name or an `Accountant`.
         spent: What was released before.
+        after: Epsilon after so many further steps, in nats, of a fit with other releases than these numbers tell, such
+            as those of a schedule; other settings are not compared then. ``None`` for a fit of one noise and rate.
         releases_per_draw: Noisy gradients released from one logical batch.
         unit: What is drawn, added or removed: ``"example"`` or ``"user"``.
     """
@@ -110,6 +112,7 @@ class Forecast:
     num_examples: int | None = None
     accountant: str | Accountant = "prv"
     spent: tuple[Phase, ...] = ()
+    after: Callable[[int], float] | None = None
     releases_per_draw: int = 1
     unit: str = "example"
 
@@ -130,13 +133,15 @@ class Forecast:
 
     def epsilon_after(self, num_steps: int) -> float:
         """Return what all releases so far and ``num_steps`` more have spent, in nats."""
+        if self.after is not None:
+            return self.after(num_steps)
         more = Phase(self._accounted_noise, self.sample_rate, num_steps)
         return resolve_accountant(self.accountant).epsilon([*self.spent, more], self.delta)
 
     @cached_property
     def after_steps(self) -> tuple[AfterSteps, ...]:
-        """Epsilon at about a dozen numbers of steps, each twice the one before, up to four times the planned end."""
-        ends = [end for end in (self.num_steps, self.num_allowed) if end]
+        """Epsilon at about a dozen numbers of steps, each twice the one before, up to twice the planned end."""
+        ends = [end for end in (self.num_steps, self.num_allowed) if end and end < MAX_RELEASES]
         base = ends[0] if ends else math.ceil(1 / self.sample_rate)
         ladder = {min(MAX_RELEASES, round(base * 2.0**power)) for power in _STEP_POWERS}
         steps = sorted(step for step in ladder | set(ends) if step)
@@ -176,7 +181,7 @@ class Forecast:
 
     def _comparable(self) -> tuple[float, int]:
         """Return goal and steps that other settings can be compared at; a goal of 0 if there are none."""
-        if self.spent or not self.num_steps or not self.goal or self.goal == math.inf:
+        if self.spent or self.after is not None or not self.num_steps or not self.goal or self.goal == math.inf:
             return 0.0, 0
         return self.goal, self.num_steps
 

@@ -18,7 +18,7 @@ from lightning_dp.accounting import Accountant, Journal, Ledger, resolve_account
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.plain import from_plain
 from lightning_dp.record import Record, Watched
-from lightning_dp.reporting.report import AtCheckpoint, Report, make_report
+from lightning_dp.reporting.report import AtCheckpoint, Report, make_report, spent
 
 WATCHED_KEY = "watched"
 """Where the callback keeps in its state what it saw."""
@@ -54,16 +54,19 @@ def report_of(checkpoint: Mapping[str, Any], path: Path, accountant: str | Accou
     """
     state = _private_state(checkpoint, path)
     record = from_plain(Record, state["record"], f"the privacy record in {path}")
-    chosen, ledger = _accountant(accountant or record.accounting.accountant, path), Ledger()
+    chosen, ledger = _accountant(accountant or record.accounting.accountant, record, path), Ledger()
     ledger.merge(state["ledger"])
-    alone = AtCheckpoint(path.name, ledger.num_releases, chosen.epsilon(ledger.phases, record.accounting.delta))
+    alone = AtCheckpoint(path.name, ledger.num_releases, spent(ledger.counts, chosen, record.accounting.delta))
     Journal.read(path.parent, ledger)
-    return make_report(record, ledger.phases, chosen, _watched(checkpoint, path), alone)
+    return make_report(record, ledger.counts, chosen, _watched(checkpoint, path), alone)
 
 
-def _accountant(accountant: str | Accountant, path: Path) -> Accountant:
+def _accountant(accountant: str | Accountant, record: Record, path: Path) -> Accountant:
+    """The accountant, with what it fixes by the target."""
+    asked = record.accounting
     try:
-        return resolve_accountant(accountant)
+        found = resolve_accountant(accountant)
+        return found if asked.target_epsilon is None else found.for_target(asked.target_epsilon, asked.delta)
     except PrivacyConfigurationError as error:
         raise PrivacyConfigurationError(
             f"no report of {path}: {error} A fit with an accountant of your own needs it again: "

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_dp.coverage.names import collapsed
 from lightning_dp.record import Point, TrainingRecord
-from lightning_dp.reporting.report import Report
+from lightning_dp.reporting.report import LedgerRow, Report
+from lightning_dp.schedule import Stage
 
 _HOW_TO_PLOT = "No figure: it needs matplotlib. `pip install 'lightning-dp[plot]'`, then make the report again."
 _SELF_CHECK = {
@@ -92,7 +93,7 @@ def _steps_left(report: Report) -> str:
     privacy = report.privacy
     if privacy.steps_left is not None:
         return f"{privacy.steps_left:,}"
-    return "no limit" if privacy.target_epsilon is None else "not known: releases of other kinds were made since"
+    return "no limit" if privacy.target_epsilon is None else "not known: more was released since, of several kinds"
 
 
 def _cross_check(report: Report) -> str:
@@ -127,8 +128,10 @@ def _mechanism(report: Report) -> Iterator[str]:
             ("expected batch size", f"{mechanism.expected_batch_size:g}"),
             ("sample rate", f"{mechanism.sample_rate:.6g}"),
             ("releases from one draw", mechanism.releases_per_draw),
-            ("sampler", f"{sampler.kind}, every example by itself"),
-            ("training examples (N)", f"{sampler.num_examples:,} of a `{sampler.dataset}`"),
+            ("schedule", "; ".join(map(_stage, mechanism.schedule)) or "none: every step is alike"),
+            ("sampler", f"{sampler.kind}, every {mechanism.unit} by itself"),
+            ("training examples", f"{sampler.num_examples:,} of a `{sampler.dataset}`"),
+            (f"{mechanism.unit}s (N)", f"{sampler.num_units:,}"),
             ("logical batches in an epoch", f"{sampler.batches_per_epoch:,}"),
             ("physical batch", f"at most {sampler.max_physical_batch_size:,}"),
         ],
@@ -138,8 +141,18 @@ def _mechanism(report: Report) -> Iterator[str]:
 def _ledger(report: Report) -> Iterator[str]:
     yield "## Ledger"
     yield "Every release, resumed fits included. All releases from one draw count as one with less noise."
-    rows = [(f"{r.noise_multiplier:.6g}", f"{r.sample_rate:.6g}", f"{r.num_releases:,}") for r in report.ledger]
-    yield _table(("noise multiplier, as accounted", "sample rate", "releases"), rows)
+    head = ("noise multiplier, as accounted", "sample rate", "releases", "from", "partition")
+    yield _table(head, map(_row, report.ledger))
+
+
+def _row(row: LedgerRow) -> tuple[str, ...]:
+    size = "" if row.num_units is None else f"{row.num_units:,} "
+    noise, rate = f"{row.noise_multiplier:.6g}", f"{row.sample_rate:.6g}"
+    return noise, rate, f"{row.num_releases:,}", f"{size}{row.unit}s, {row.sampling}", row.partition or "none"
+
+
+def _stage(stage: Stage) -> str:
+    return f"{stage.num_steps:,} steps of noise ×{stage.noise_factor:g}, batch ×{stage.batch_size_factor:g}"
 
 
 def _training(report: Report) -> Iterator[str]:

@@ -5,14 +5,21 @@ Owns: which numbers are computed. Does not own: epsilon (``accounting``), text (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from lightning_dp.accounting import Accountant, Phase
+from lightning_dp.accounting import (
+    Accountant,
+    Release,
+    claim,
+    cross_checked,
+    greatest_epsilon,
+    histories,
+    merge_phases,
+)
 from lightning_dp.plain import VERSION
 from lightning_dp.record import Record, Watched
-from lightning_dp.reporting.claims import claim
 from lightning_dp.reporting.groups import GroupPrivacy, group_privacy
 from lightning_dp.reporting.limits import Limit, limits_of
 from lightning_dp.reporting.numbers import library, pld_epsilon, reason_against
@@ -67,11 +74,11 @@ class Privacy:
         delta: What epsilon is for.
         target_epsilon: The budget; ``None`` without one.
         target_delta: As asked; ``None`` if ``delta`` is the default.
-        unit: What is added or removed.
+        unit: What is added or removed: ``"example"`` or ``"user"``.
         neighbouring: The relation between data sets.
         num_releases: Logical batches released from, in all.
         steps_left: How many more fit into the budget; ``None`` without one, or if it is not known.
-        accountant: Whose epsilon it is.
+        accountant: Whose epsilon it is; ``"prv"`` is checked by ``"pld"`` if that is installed, and the larger counts.
         cross_check: The second opinion.
         claim: What may be claimed, and under which assumption.
         groups: What holds for several examples of one person.
@@ -94,18 +101,26 @@ class Privacy:
 
 
 @dataclass(frozen=True)
-class Release:
-    """A row of the ledger.
+class LedgerRow:
+    """Releases of one kind.
 
     Args:
         noise_multiplier: As accounted: all releases from one draw count as one with less noise.
-        sample_rate: The probability of each example to be in the logical batch.
+        sample_rate: The probability of each unit to be in the logical batch.
         num_releases: How many such.
+        num_units: How many units the data set had; ``None`` if that was not recorded.
+        unit: What was added or removed.
+        partition: The name of the data set; those of different names have no unit in common. ``None``: nothing is said.
+        sampling: How units were drawn.
     """
 
     noise_multiplier: float
     sample_rate: float
     num_releases: int
+    num_units: int | None
+    unit: str
+    partition: str | None
+    sampling: str
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,7 @@ class Report:
 
     created: str
     privacy: Privacy
-    ledger: tuple[Release, ...]
+    ledger: tuple[LedgerRow, ...]
     record: Record
     not_covered: tuple[Limit, ...]
     watched: Watched
@@ -133,58 +148,65 @@ class Report:
 
 def make_report(
     record: Record,
-    phases: Sequence[Phase],
+    counts: Mapping[Release, int],
     accountant: Accountant,
     watched: Watched | None = None,
     at_checkpoint: AtCheckpoint | None = None,
 ) -> Report:
     """Compute what follows from the facts and the ledger.
 
-    Guarantee: epsilon is the accountant's, of all the phases and nothing else.
+    Guarantee: epsilon is the accountant's, cross-checked where that is possible, of all releases and nothing else.
 
     Args:
         record: The facts.
-        phases: All releases.
+        counts: How many releases of each kind there were.
         accountant: Whose epsilon counts.
         watched: What a callback saw, if there was one.
         at_checkpoint: What a checkpoint alone knew, if the report is made from one.
     """
     return Report(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        privacy=_privacy(record, tuple(phases), accountant, at_checkpoint),
-        ledger=tuple(Release(p.noise_multiplier, p.sample_rate, p.num_releases) for p in phases),
+        privacy=_privacy(record, counts, accountant, at_checkpoint),
+        ledger=tuple(LedgerRow(**release.as_row(count)) for release, count in counts.items()),
         record=record,
         not_covered=limits_of(record, watched),
         watched=watched or Watched(),
     )
 
 
+def spent(counts: Mapping[Release, int], accountant: Accountant, delta: float) -> float:
+    """Return the epsilon of releases, as a run reports it: in nats."""
+    return greatest_epsilon(cross_checked(accountant), histories(counts), delta)
+
+
 def _privacy(
-    record: Record, phases: tuple[Phase, ...], accountant: Accountant, at_checkpoint: AtCheckpoint | None
+    record: Record, counts: Mapping[Release, int], accountant: Accountant, at_checkpoint: AtCheckpoint | None
 ) -> Privacy:
     asked, unit = record.accounting, record.mechanism.unit
+    phases = merge_phases(release.times(count) for release, count in counts.items())
     return Privacy(
-        epsilon=accountant.epsilon(phases, asked.delta),
+        epsilon=spent(counts, accountant, asked.delta),
         delta=asked.delta,
         target_epsilon=asked.target_epsilon,
         target_delta=asked.target_delta,
         unit=unit,
         neighbouring="add or remove one",
-        num_releases=sum(phase.num_releases for phase in phases),
-        steps_left=_steps_left(record, phases),
+        num_releases=sum(counts.values()),
+        steps_left=_steps_left(record, counts),
         accountant=AccountantUsed(accountant.name, _library_of(record, accountant)),
-        cross_check=_cross_check(phases, asked.delta),
+        cross_check=_cross_check(counts, asked.delta),
         claim=claim(phases, accountant),
+        # Of all phases together: the examples of one person may lie in several partitions.
         groups=group_privacy(phases, asked.delta) if unit == "example" else (),
         at_checkpoint=at_checkpoint,
     )
 
 
-def _steps_left(record: Record, phases: Sequence[Phase]) -> int | None:
-    """What was left when the facts were recorded, less what was released since; unknown if that was of other kinds."""
+def _steps_left(record: Record, counts: Mapping[Release, int]) -> int | None:
+    """What was left when the facts were recorded, less what was released since; unknown if there are several kinds."""
     left = record.accounting.steps_left
-    since = sum(phase.num_releases for phase in phases) - record.accounting.num_releases
-    if left is None or (since and len(phases) > 1):
+    since = sum(counts.values()) - record.accounting.num_releases
+    if left is None or (since and len(counts) > 1):
         return None
     return max(0, left - since)
 
@@ -194,6 +216,8 @@ def _library_of(record: Record, accountant: Accountant) -> str:
     return f"{name} {record.versions[name]}" if name in record.versions else name
 
 
-def _cross_check(phases: tuple[Phase, ...], delta: float) -> CrossCheck:
-    reason = reason_against(phases)
-    return CrossCheck(library(), None if reason else pld_epsilon(phases, delta), reason)
+def _cross_check(counts: Mapping[Release, int], delta: float) -> CrossCheck:
+    all_phases = histories(counts)
+    reason = next(filter(None, map(reason_against, all_phases)), None)
+    epsilon = None if reason else max(pld_epsilon(phases, delta) for phases in all_phases)
+    return CrossCheck(library(), epsilon, reason)

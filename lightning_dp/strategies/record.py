@@ -91,8 +91,7 @@ def training_record(module: pl.LightningModule, run: PrivateRun, found: Found, k
 
 
 def _mechanism(run: PrivateRun) -> MechanismRecord:
-    mechanism, clipping = run.mechanism, run.settings.clipping
-    assert mechanism is not None, "asked before"
+    mechanism, clipping = run.schedule.base, run.settings.clipping
     return MechanismRecord(
         noise_multiplier=mechanism.noise_multiplier,
         clipping=clipping if isinstance(clipping, str) else type(clipping).__name__,
@@ -101,6 +100,8 @@ def _mechanism(run: PrivateRun) -> MechanismRecord:
         expected_batch_size=mechanism.expected_batch_size,
         sample_rate=mechanism.sample_rate,
         releases_per_draw=mechanism.releases_per_draw,
+        unit=mechanism.unit,
+        schedule=run.settings.schedule,
     )
 
 
@@ -110,7 +111,8 @@ def _sampler(run: PrivateRun) -> SamplerRecord:
     return SamplerRecord(
         kind="poisson",
         dataset=type(loader.dataset).__name__,
-        num_examples=loader.units.num_units,
+        num_examples=len(loader.dataset),  # type: ignore[arg-type]
+        num_units=loader.units.num_units,
         batches_per_epoch=len(loader),
         max_physical_batch_size=loader.max_physical_batch_size,
     )
@@ -118,7 +120,7 @@ def _sampler(run: PrivateRun) -> SamplerRecord:
 
 def _accounting(run: PrivateRun) -> AccountingRecord:
     return AccountingRecord(
-        accountant=run.settings.resolved_accountant().name,
+        accountant=run.budget.accountant.name,
         delta=run.budget.delta,
         target_epsilon=run.settings.target_epsilon,
         target_delta=run.settings.target_delta,

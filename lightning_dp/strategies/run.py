@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Accountant, Journal, Ledger
+from lightning_dp.accounting import Journal, Ledger
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
 from lightning_dp.errors import PrivacyError
@@ -27,6 +27,7 @@ from lightning_dp.private_statistics import PrivateStatistics
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
+from lightning_dp.strategies.fit_plan import FitPlan
 from lightning_dp.strategies.planning import planned_steps
 from lightning_dp.strategies.record import earlier_training, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
@@ -149,37 +150,20 @@ class PrivateRun:
         settings, step = self.settings, trainer.global_step // steps_per_draw
         planned = planned_steps(trainer, len(self._user), steps_per_draw)
         terms = self._present_terms(settings.sample_rate(self._units, self._user.batch_size or 0, world_size))
-        settings.check_filter(terms, self._agreed.values(), self.ledger)
-        before = self._agreed.get(terms.partition)
-        if before is None and terms.partition is None and self._agreed:
-            before = list(self._agreed.values())[-1]  # of whom nothing is said may be of any partition
-
-        def settled(accountant: Accountant) -> tuple[Schedule, PrivacyBudget]:
-            schedule = settings.plan(
-                terms,
-                before,
-                self.ledger,
-                accountant,
-                step=step,
-                planned_steps=planned,
-                releases_per_draw=releases_per_draw,
-            )
-            budget = PrivacyBudget(
-                schedule,
-                accountant,
-                self.ledger,
-                self._journal,
-                delta=terms.delta,
-                target_epsilon=settings.target_epsilon,
-                planned_steps=planned,
-                step=step,
-            )
-            return schedule, budget
-
+        planning = FitPlan(
+            settings=settings,
+            terms=terms,
+            agreed=self._agreed,
+            ledger=self.ledger,
+            step=step,
+            planned_steps=planned,
+            releases_per_draw=releases_per_draw,
+        )
         accountant = settings.accountant_for(terms.delta)
-        schedule, budget = settled(accountant)
-        trusted = budget.trusted_accountant()
-        self._schedule, self._budget = (schedule, budget) if trusted is accountant else settled(trusted)
+        self._schedule, self._budget = planning.settled(accountant, self._journal)
+        trusted = self._budget.trusted_accountant()
+        if trusted is not accountant:
+            self._schedule, self._budget = planning.settled(trusted, self._journal)
         self._terms = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
         if announce:
             self._announce(self._schedule.base, self._budget)
@@ -234,11 +218,12 @@ class PrivateRun:
             _log.warning("noise_multiplier=0: this run is NOT private, its epsilon is infinite.")
         if self.settings.noise_multiplier is not None or self.ledger.num_releases:
             return
-        several = mechanism.releases_per_draw
+        several, stages = mechanism.releases_per_draw, len(self.settings.schedule)
         rank_zero_info(
             f"Privacy: noise_multiplier {mechanism.noise_multiplier:.4g} calibrated to epsilon "
             f"{budget.target_epsilon:g} at delta {budget.delta:.3g} for {budget.planned_steps} steps"
-            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}."
+            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}"
+            f"{f', both varied in {stages} stages' if stages else ''}."
         )
 
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
@@ -248,8 +233,14 @@ class PrivateRun:
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Put the ledger into a checkpoint that is about to be saved."""
-        terms = [terms.state_dict() for terms in self._agreed_by_now.values()]
-        state = {"version": 2, "ledger": self.ledger.state_dict(), "terms": terms}
+        terms = dict(self._agreed_by_now)
+        if self._terms is not None:  # a crash may part the releases that follow from the next checkpoint
+            terms[self._terms.partition] = self._terms
+        state = {
+            "version": 2,
+            "ledger": self.ledger.state_dict(),
+            "terms": [agreed.state_dict() for agreed in terms.values()],
+        }
         checkpoint[_CHECKPOINT_KEY] = {**state, **plain_record(self)}
 
     def record(self) -> Record | None:
@@ -265,13 +256,15 @@ class PrivateRun:
         """Count every release that a checkpoint and the journals beside it know of."""
         if _CHECKPOINT_KEY in checkpoint:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
-            for terms in map(Terms.from_state, checkpoint[_CHECKPOINT_KEY]["terms"] or []):
-                self._agreed.pop(terms.partition, None)
-                self._agreed[terms.partition] = terms
             self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         self._journal.read(path.parent, self.ledger)
+        released_from = {release.partition for release in self.ledger.counts}
+        for terms in map(Terms.from_state, checkpoint.get(_CHECKPOINT_KEY, {}).get("terms", [])):
+            if terms.partition in released_from:
+                self._agreed.pop(terms.partition, None)  # the latest last
+                self._agreed[terms.partition] = terms
         self._released_before = self.ledger.num_releases
         self.keep_journal_beside(path)  # whoever resumes from there again must find what this run releases
 

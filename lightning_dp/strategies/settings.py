@@ -1,22 +1,20 @@
-"""The arguments of a private strategy, checked, and the plan of a fit that follows from them.
+"""The arguments of a private strategy, checked.
 
-Owns: the meaning of the arguments: delta, sample rate, number of steps, calibrated noise. Does not own: the hooks.
+Owns: the meaning of each argument: delta, sample rate, sizes, clipping, accountant. Does not own: the noise that
+follows from all of them together (``fit_plan``), or the hooks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from lightning_dp.accounting import Accountant, Ledger, calibrate, greatest_epsilon, resolve_accountant
+from lightning_dp.accounting import Accountant, resolve_accountant
 from lightning_dp.accounting.delta import delta_for
 from lightning_dp.clipping import Clipping, resolve_clipping
 from lightning_dp.data import Units, largest_draw
 from lightning_dp.errors import PrivacyConfigurationError
-from lightning_dp.mechanism import Mechanism
-from lightning_dp.schedule import Schedule, Stage
-from lightning_dp.strategies.terms import Terms
+from lightning_dp.schedule import Stage
 
 
 @dataclass(frozen=True)
@@ -148,143 +146,6 @@ class PrivacySettings:
                 "max_physical_batch_size."
             )
         return expected / units.num_units
-
-    def plan(
-        self,
-        terms: Terms,
-        before: Terms | None,
-        ledger: Ledger,
-        accountant: Accountant,
-        *,
-        step: int,
-        planned_steps: int | None,
-        releases_per_draw: int = 1,
-    ) -> Schedule:
-        """Return the mechanisms of a fit.
-
-        Args:
-            terms: Of this fit; its noise multiplier counts only if the user gave one.
-            before: Under which something was released from data that may have units in common; ``None`` if nothing was,
-                or if the data is of a new partition.
-            ledger: Releases made before.
-            accountant: Whose epsilon counts.
-            step: The step that comes next.
-            planned_steps: Logical batches planned in all, from step 0 on; ``None`` if the trainer has no limit.
-            releases_per_draw: Noisy gradients released from one logical batch.
-
-        Raises:
-            PrivacyConfigurationError: If batch size, noise, target and steps do not go together, if the terms have
-                changed and the user did not say that they may, or if the unit has.
-        """
-        _check_unit(terms.unit, ledger)
-        changes = terms.differences(before, noise_is_given=self.noise_multiplier is not None) if before else []
-        self._check_changes(changes, ledger)
-        remaining = None if planned_steps is None else max(1, planned_steps - step)
-
-        def schedule(noise_multiplier: float) -> Schedule:
-            mechanism = Mechanism(
-                noise_multiplier,
-                self.resolved_clipping(),
-                terms.sample_rate,
-                terms.sample_rate * terms.num_units,
-                releases_per_draw,
-                terms.num_units,
-                terms.unit,
-                terms.partition,
-            )
-            return Schedule(mechanism, terms.schedule)
-
-        if self.noise_multiplier is not None:
-            planned = schedule(float(self.noise_multiplier))
-            self._check_first_step(planned, schedule, ledger, accountant, terms.delta, step, remaining or 1)
-            return planned
-        if before is not None and not changes:
-            return schedule(before.noise_multiplier)  # one budget, one noise
-        return schedule(self._calibrated(schedule, ledger, accountant, terms.delta, step, remaining))
-
-    def check_filter(self, terms: Terms, agreed: Iterable[Terms], ledger: Ledger) -> None:
-        """Refuse another target for an adaptive accountant, whatever the user said of changes.
-
-        Args:
-            terms: Of this fit.
-            agreed: All terms under which something was released, whatever the data.
-            ledger: Releases made before.
-
-        Raises:
-            PrivacyConfigurationError: If one of them has another target.
-        """
-        for before in agreed:
-            if terms.filter_target != before.filter_target:
-                raise PrivacyConfigurationError(
-                    f"target_epsilon={terms.filter_target} of accountant='rdp_filter' was {before.filter_target} in "
-                    f"the {ledger.num_releases} releases made before: a filter holds for the target that was fixed "
-                    "before the first release. Keep target and accountant, or begin a new run."
-                )
-
-    def _check_changes(self, changes: list[str], ledger: Ledger) -> None:
-        if changes and self.changed_settings == "refuse":
-            raise PrivacyConfigurationError(
-                f"{'; '.join(changes)}, in the {ledger.num_releases} releases made before. Go on as before, or say "
-                "DPStrategy(changed_settings='new_phase') to have what follows accounted as another phase: earlier "
-                "releases count in any case, and noise that is not given is calibrated to what is left of the budget."
-            )
-
-    def _calibrated(
-        self,
-        schedule: Callable[[float], Schedule],
-        ledger: Ledger,
-        accountant: Accountant,
-        delta: float,
-        step: int,
-        remaining: int | None,
-    ) -> float:
-        """Return a noise multiplier with which the remaining steps spend what is left of the target."""
-        assert self.target_epsilon is not None, "checked with the arguments"
-        if remaining is None:
-            raise PrivacyConfigurationError(
-                "the noise cannot be calibrated without a planned number of steps: the trainer has max_epochs=-1 and "
-                "max_steps=-1. Give the Trainer max_epochs or max_steps, or give noise_multiplier to DPStrategy."
-            )
-        return calibrate(
-            accountant,
-            lambda noise: ledger.concerning(schedule(noise).releases(step, remaining)),
-            target_epsilon=self.target_epsilon,
-            delta=delta,
-        )
-
-    def _check_first_step(
-        self,
-        planned: Schedule,
-        schedule: Callable[[float], Schedule],
-        ledger: Ledger,
-        accountant: Accountant,
-        delta: float,
-        step: int,
-        remaining: int,
-    ) -> None:
-        """Refuse a budget that does not allow a single step, and say what would."""
-        if self.target_epsilon is None or ledger.num_releases:
-            return
-        first = greatest_epsilon(accountant, ledger.histories(planned.releases(step, 1)), delta)
-        if first <= self.target_epsilon:
-            return
-        enough = self._calibrated(schedule, ledger, accountant, delta, step, remaining)
-        raise PrivacyConfigurationError(
-            f"target_epsilon={self.target_epsilon:g} is too small for a single step with noise_multiplier="
-            f"{self.noise_multiplier:g} at sample rate {planned.at(step).sample_rate:.4g}, which spends epsilon "
-            f"{first:.4g} at delta {delta:.3g}. Use noise_multiplier={enough:.4g} for {remaining} step(s), or a "
-            f"target_epsilon of at least {first:.4g}."
-        )
-
-
-def _check_unit(unit: str, ledger: Ledger) -> None:
-    """Refuse releases about examples and about users in one ledger, whatever the user said of changes."""
-    for other in {release.unit for release in ledger.counts} - {unit}:
-        raise PrivacyConfigurationError(
-            f"privacy is now per {unit} and was per {other} in the {ledger.num_releases} releases made before: there "
-            f"is no one claim that covers both. Begin a new run, or go on per {other}: PrivateDataset(user_ids=...) "
-            "makes it per user."
-        )
 
 
 def _check_number(

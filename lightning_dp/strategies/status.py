@@ -5,7 +5,7 @@ Owns: the properties. Does not own: what they tell (``run``).
 
 from __future__ import annotations
 
-from lightning_dp.accounting import Accountant, Phase
+from lightning_dp.accounting import Release
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.record import Record
 from lightning_dp.strategies.run import PrivateRun
@@ -57,19 +57,13 @@ class PrivacyStatus:
         """
         return self._run.statistics.values() if self._run.statistics else None
 
-    @property
-    def releases(self) -> tuple[Phase, ...]:
-        """All releases so far, through resumes: one phase for each distinct noise and rate, as accounted."""
-        return self._run.ledger.phases
-
-    @property
-    def accountant(self) -> Accountant:
-        """The accountant whose epsilon counts."""
-        return self._run.settings.resolved_accountant()
-
     def record(self) -> Record | None:
         """Return the facts about this run, for reports; ``None`` before it has seen its training data."""
         return self._run.record()
+
+    def releases(self) -> dict[Release, int]:
+        """Return how many releases of each kind there were, through resumes."""
+        return self._run.ledger.counts
 
     @property
     def budget(self) -> PrivacyBudget:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_dp as ldp
 from lightning_dp.callbacks import privacy_report
+from lightning_dp.reporting import read_report
 from tests.models import Regression, loader, trainer
 from tests.reporting.fits import agrees, fitted, recomputed, written
 from tests.strategies.test_manual import GAN, FeatureMatching, real_samples
@@ -41,11 +42,22 @@ def test_an_ordinary_fit(figures):
     assert privacy["epsilon"] == fit.strategy.epsilon
     assert (privacy["delta"], privacy["num_releases"], privacy["steps_left"]) == (1e-3, 6, None)
     assert privacy["accountant"]["library"].startswith("prv-accountant 0.2")
-    assert data["ledger"] == [{"noise_multiplier": 1.0, "sample_rate": 0.25, "num_releases": 6}]
+    assert data["ledger"] == [
+        {
+            "noise_multiplier": 1.0,
+            "sample_rate": 0.25,
+            "num_releases": 6,
+            "num_units": 20,
+            "unit": "example",
+            "partition": None,
+            "sampling": "poisson",
+        }
+    ]
     assert record["sampler"] == {
         "kind": "poisson",
         "dataset": "TensorDataset",
         "num_examples": 20,
+        "num_units": 20,
         "batches_per_epoch": 4,
         "max_physical_batch_size": 5,
     }
@@ -200,25 +212,52 @@ def test_sanity_checks_and_validation_by_itself_are_no_history():
     assert fit.callbacks[0].state_dict()["watched"]["history"] == before
 
 
-class Shows(ldp.DPStrategy):
-    private_statistics, clipped_share = True, 0.25
-
-
 def test_private_statistics_come_first():
-    strategy = Shows(noise_multiplier=1.0, target_delta=1e-3)
-    fitted(strategy=strategy)
+    strategy = ldp.DPStrategy(noise_multiplier=1.0, target_delta=1e-3, max_grad_norm=1e-6, private_statistics=True)
+    fitted(strategy=strategy, callbacks=[ldp.PrivacyMonitor(summary=False)])
     data = written()
     assert data["not_covered"][0]["subject"] == "private statistics"
-    assert data["watched"]["history"][-1]["clipped_share"] == 0.25
+    assert "private/clipped_share (on_train_batch_end)" in data["not_covered"][1]["found"]
+    shares = [point["clipped_share"] for point in data["watched"]["history"]]
+    assert shares[0] is None
+    assert shares[1] in (None, 1.0)  # an empty draw has none
     assert Path("privacy_report.md").read_text().split("\n\n")[1].startswith("**Not private as it stands.**")
 
 
-def test_a_clipped_share_is_not_read_unless_it_is_asked_for():
-    class Hides(ldp.DPStrategy):
-        clipped_share = 0.25
+def test_clipped_shares_are_kept_only_if_they_are_asked_for():
+    fitted()
+    data = written()
+    assert {point["clipped_share"] for point in data["watched"]["history"]} == {None}
+    assert "private statistics" not in [limit["subject"] for limit in data["not_covered"]]
 
-    fitted(strategy=Hides(noise_multiplier=1.0, target_delta=1e-3))
-    assert {point["clipped_share"] for point in written()["watched"]["history"]} == {None}
+
+def test_a_schedule():
+    stages = [ldp.Stage(2), ldp.Stage(1, noise_factor=2.0, batch_size_factor=0.5)]
+    strategy = ldp.DPStrategy(noise_multiplier=1.0, target_delta=1e-3, schedule=stages)
+    fitted(strategy=strategy, max_steps=5)
+    data = written()
+    assert [(r["noise_multiplier"], r["sample_rate"], r["num_releases"]) for r in data["ledger"]] == [
+        (1.0, 0.25, 2),
+        (2.0, 0.125, 3),
+    ]
+    assert agrees(data)
+    assert data["record"]["mechanism"]["noise_multiplier"] == 1.0
+    assert data["record"]["mechanism"]["schedule"][1] == {
+        "num_steps": 1,
+        "noise_factor": 2.0,
+        "batch_size_factor": 0.5,
+    }
+    assert data["privacy"]["epsilon"] == strategy.epsilon
+
+
+def test_a_filter():
+    strategy = ldp.DPStrategy(noise_multiplier=2.0, target_epsilon=8.0, target_delta=1e-3, accountant="rdp_filter")
+    fit = fitted(strategy=strategy, max_steps=3)
+    data = written()
+    assert data["privacy"]["accountant"]["name"] == "rdp_filter"
+    assert data["privacy"]["epsilon"] == strategy.epsilon >= recomputed(data)
+    fit.save_checkpoint("a.ckpt")
+    assert read_report("a.ckpt").privacy.epsilon == strategy.epsilon
 
 
 def test_the_report_tells_nothing_about_what_the_examples_are():
@@ -246,7 +285,7 @@ def test_a_second_fit_reports_both():
 
 def test_a_resumed_fit_reports_all_of_it():
     fitted(max_steps=3).save_checkpoint("a.ckpt")
-    stronger = ldp.DPStrategy(noise_multiplier=2.0, target_delta=1e-3)
+    stronger = ldp.DPStrategy(noise_multiplier=2.0, target_delta=1e-3, changed_settings="new_phase")
     fitted(strategy=stronger, max_steps=7, ckpt_path="a.ckpt")
     data = written()
     assert [(row["noise_multiplier"], row["num_releases"]) for row in data["ledger"]] == [(1.0, 3), (2.0, 4)]

@@ -181,7 +181,7 @@ def test_a_dataset_that_holds_itself():
         (dict.fromkeys(range(6), "a"), "dict"),
         (iter(range(6)), "range_iterator"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_ids_that_do_not_tell_users_apart(ids, words):
     with pytest.raises(ldp.PrivacyConfigurationError, match=rf"user_ids: found {words}"):

@@ -64,7 +64,11 @@ def test_steps_left_are_not_known_if_other_releases_were_made_since():
     settings = {"target_epsilon": 30.0, "target_delta": 1e-3}
     fitted(strategy=ldp.DPStrategy(noise_multiplier=1.0, **settings), max_steps=3).save_checkpoint("a.ckpt")
     assert read_report("a.ckpt").privacy.steps_left > 0
-    fitted(strategy=ldp.DPStrategy(noise_multiplier=2.0, **settings), max_steps=5, ckpt_path="a.ckpt")
+    fitted(
+        strategy=ldp.DPStrategy(noise_multiplier=2.0, changed_settings="new_phase", **settings),
+        max_steps=5,
+        ckpt_path="a.ckpt",
+    )
     assert read_report("a.ckpt").privacy.num_releases == 5
     assert read_report("a.ckpt").privacy.steps_left is None
 

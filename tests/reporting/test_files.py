@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
-from lightning_dp.accounting import Phase, resolve_accountant
+from lightning_dp.accounting import Release, resolve_accountant
 from lightning_dp.record import AccountingRecord, MechanismRecord, Point, Record, SamplerRecord, Watched
 from lightning_dp.reporting import as_json, as_markdown, make_report, schema
 from lightning_dp.reporting.figure import draw
@@ -17,7 +17,7 @@ from lightning_dp.reporting.report import CrossCheck
 
 RECORD = Record(
     mechanism=MechanismRecord(1.0, "flat", 1.0, 1.0, 5.0, 0.25, 1),
-    sampler=SamplerRecord("poisson", "My|Dataset", 20, 4, 5),
+    sampler=SamplerRecord("poisson", "My|Dataset", 20, 20, 4, 5),
     accounting=AccountingRecord("prv", 1e-3, 3.0, None, 4, 2),
     training=None,
     private_statistics=False,
@@ -33,7 +33,7 @@ HISTORY = (
 
 @pytest.fixture
 def report():
-    return make_report(RECORD, (Phase(1.0, 0.25, 4),), resolve_accountant("rdp"), Watched(HISTORY))
+    return make_report(RECORD, {Release(1.0, 0.25): 4}, resolve_accountant("rdp"), Watched(HISTORY))
 
 
 def test_the_schema_is_one_and_the_report_follows_it(report):
@@ -106,7 +106,7 @@ def test_markdown_of_what_is_missing(report):
 
 def test_tables_survive_the_names_of_users(report):
     (row,) = [line for line in as_markdown(report).splitlines() if "My" in line]
-    assert row == r"| training examples (N) | 20 of a `My\|Dataset` |"
+    assert row == r"| training examples | 20 of a `My\|Dataset` |"
 
 
 def test_the_figure_shows_the_history(report):
@@ -120,3 +120,25 @@ def test_the_figure_shows_the_history(report):
     }
     assert list(share.lines[0].get_ydata()) == [0.25, 0.75]
     assert len(draw(replace(report, watched=Watched())).axes) == 1
+
+
+def test_data_sets_without_a_common_unit_cost_the_greatest_of_their_epsilons():
+    prv = resolve_accountant("prv")
+    counts = {Release(1.0, 0.25, partition="a"): 4, Release(1.0, 0.25, partition="b"): 2}
+    report = make_report(RECORD, counts, prv)
+    alone = make_report(RECORD, {Release(1.0, 0.25): 4}, prv)
+    assert report.privacy.epsilon == alone.privacy.epsilon
+    assert report.privacy.cross_check == alone.privacy.cross_check
+    assert report.privacy.num_releases == 6
+    one_person = make_report(RECORD, {Release(1.0, 0.25): 6}, prv)
+    assert report.privacy.groups == one_person.privacy.groups  # whose examples may lie in both
+
+
+def test_users_have_no_groups():
+    record = replace(RECORD, mechanism=replace(RECORD.mechanism, unit="user"))
+    report = make_report(record, {Release(1.0, 0.25, 10, "user"): 4}, resolve_accountant("rdp"))
+    assert report.privacy.groups == ()
+    text = as_markdown(report)
+    for expected in ("removing one user", "| holds for | add or remove one user |", "10 users, poisson"):
+        assert expected in text
+    Draft202012Validator(schema()).validate(json.loads(as_json(report)))
