@@ -208,7 +208,7 @@ class _Rehearsal:
 
     def _forecast(self, planned_left: int | None) -> Forecast | None:
         """Return what the budget of this fit comes to; nothing without noise."""
-        run, plan = self._run, self._plan
+        run = self._run
         assert run.mechanism is not None, "settled with the dataloader"
         if run.mechanism.noise_multiplier == 0:
             return None
@@ -219,7 +219,8 @@ class _Rehearsal:
             num_steps=run.budget.releases_left if planned_left is None else planned_left,
             target_epsilon=run.budget.target_epsilon,
             num_allowed=run.budget.releases_left,
-            num_examples=plan.num_examples,
+            num_examples=run.mechanism.num_units,
+            unit=run.mechanism.unit,
             accountant=run.settings.accountant,
             spent=run.ledger.phases,
             after=run.budget.forecaster() if run.settings.schedule or run.ledger.num_releases else None,

@@ -94,12 +94,13 @@ class Forecast:
         num_steps: Logical batches that are still to come; ``None`` without a limit.
         target_epsilon: The budget, in nats; ``None`` without one.
         num_allowed: How many further steps fit into it; ``None`` if that was not asked for.
-        num_examples: N; ``None`` if only the sample rate is known.
+        num_examples: N, or the number of units that are no examples; ``None`` if only the sample rate is known.
         accountant: Whose epsilon counts: a name or an `Accountant`.
         spent: What was released before.
         after: Epsilon after so many further steps, in nats, of a fit with other releases than these numbers tell, such
             as those of a schedule; other settings are not compared then. ``None`` for a fit of one noise and rate.
         releases_per_draw: Noisy gradients released from one logical batch.
+        unit: What is drawn, added or removed: ``"example"`` or ``"user"``.
     """
 
     sample_rate: float
@@ -113,6 +114,7 @@ class Forecast:
     spent: tuple[Phase, ...] = ()
     after: Callable[[int], float] | None = None
     releases_per_draw: int = 1
+    unit: str = "example"
 
     @property
     def batch_size(self) -> float | None:
