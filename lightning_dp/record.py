@@ -171,7 +171,7 @@ class Point:
     """One point of the history.
 
     Args:
-        event: ``"start"``, ``"validation"``, ``"end"`` or ``"exception"``.
+        event: ``"start"``, ``"validation"``, ``"end"``, ``"exception"`` or, last of all, ``"checkpoint"``.
         step: Optimizer steps so far.
         num_releases: Logical batches released from so far.
         epsilon: Spent so far, in nats.

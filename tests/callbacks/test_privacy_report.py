@@ -224,6 +224,11 @@ def test_private_statistics_come_first():
     assert Path("privacy_report.md").read_text().split("\n\n")[1].startswith("**Not private as it stands.**")
 
 
+def test_it_says_that_nothing_was_logged():
+    fitted()
+    assert "No name was logged by self.log." in Path("privacy_report.md").read_text()
+
+
 def test_clipped_shares_are_kept_only_if_they_are_asked_for():
     fitted()
     data = written()
