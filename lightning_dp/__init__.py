@@ -4,6 +4,7 @@ from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon,
 from lightning_dp.bookkeeping import register_rule
 from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor, PrivacyReport
 from lightning_dp.coverage import plan
+from lightning_dp.data import PrivateDataset
 from lightning_dp.errors import (
     PrivacyBudgetExceeded,
     PrivacyConfigurationError,
@@ -26,6 +27,7 @@ __all__ = [
     "PrivacyError",
     "PrivacyMonitor",
     "PrivacyReport",
+    "PrivateDataset",
     "Stage",
     "UnsupportedModelError",
     "calibrate_noise_multiplier",

@@ -129,7 +129,7 @@ class PrivacyBudget:
         Raises:
             PrivacyBudgetExceeded: Before anything is computed for it.
         """
-        if step is not None and step != self.step:  # a batch was skipped
+        if step is not None and step != self.step and self._schedule.varies:  # a batch was skipped
             self._begin_at(step)
         if self.releases_left == 0:
             raise PrivacyBudgetExceeded(

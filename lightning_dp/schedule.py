@@ -76,6 +76,11 @@ class Schedule:
         return self._mechanisms[min(bisect_right(self._ends, step), len(self._mechanisms) - 1)]
 
     @property
+    def varies(self) -> bool:
+        """Whether the mechanism of a step depends on its number."""
+        return len(set(self._mechanisms)) > 1
+
+    @property
     def largest_rate(self) -> float:
         """The greatest sample rate of all steps."""
         return max(mechanism.sample_rate for mechanism in self._mechanisms)

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
+from lightning_dp.accounting import Release
 from lightning_dp.strategies import DPStrategy
+
+_UNITS = {"example": "training example", "user": "user with all their examples"}
 
 
 def print_summary(strategy: DPStrategy, metrics: Mapping[str, float] | None = None) -> None:
@@ -33,7 +36,19 @@ def _rows(strategy: DPStrategy) -> dict[str, str]:
         "epsilon spent": f"{strategy.epsilon:.4f}{of_target}",
         "delta": f"{strategy.delta:.3g}",
         "steps (noisy releases)": f"{strategy.num_releases}",
+        **(_kinds(strategy.releases()) if len(strategy.releases()) > 1 else _kind(strategy)),
+        "holds for": f"adding or removing one {_UNITS[strategy.unit or 'example']}",
+    }
+
+
+def _kind(strategy: DPStrategy) -> dict[str, str]:
+    return {
         "noise multiplier": f"{strategy.noise_multiplier:.4g}",
         "sample rate": f"{strategy.sample_rate:.4g}",
-        "holds for": "adding or removing one training example",
     }
+
+
+def _kinds(releases: Mapping[Release, int]) -> dict[str, str]:
+    """One line for each noise and rate; several releases from one draw are one with less noise, as accounted."""
+    lines = [f"{count} × {of.noise_multiplier:.4g} at {of.sample_rate:.4g}" for of, count in releases.items()]
+    return {"steps × noise at sample rate": "\n".join(lines)}

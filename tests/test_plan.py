@@ -21,7 +21,7 @@ from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.coverage import timing
 from lightning_dp.coverage.names import collapsed
 from tests.models import Regression, loader, parameters, trainer
-from tests.strategies.test_manual import GAN, real_samples
+from tests.strategies.test_manual import GAN, FeatureMatching, real_samples
 from tests.strategies.test_self_check import Opaque
 from tests.test_cli import command_line
 
@@ -44,6 +44,18 @@ def _nothing_is_written(tmp_path):
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch):
     monkeypatch.setattr(timing, "_MAX_ROUNDS", 3)
+
+
+@pytest.fixture(autouse=True)
+def _no_tables_of_the_budget(request, monkeypatch):
+    """They take seconds, and have tests of their own."""
+    if "with_tables" not in request.fixturenames:
+        monkeypatch.setattr("lightning_dp.coverage.table.print_budget", lambda forecast, console: None)
+
+
+@pytest.fixture
+def with_tables():
+    """Shows the tables of the budget."""
 
 
 def planned(module, data=None, callbacks=(), show=False, **settings):
@@ -138,6 +150,7 @@ def test_console_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Self-check: passed" in done.stdout
+    assert "Best by noise: batch size" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
@@ -604,6 +617,97 @@ def test_a_training_step_that_writes_parameters_by_itself_is_put_back():
     assert found.errors == []
     assert float(module.average.detach().abs().sum()) == 0
     assert "writes into the parameter 'average'" in planned(module, self_check=False).errors[0]
+
+
+# ---- the budget ---------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_of_a_plan_is_that_of_the_fit(capsys, with_tables):
+    dp = ldp.DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp")
+    found = ldp.plan(trainer(dp, max_steps=8), Regression(), loader())
+    printed = capsys.readouterr().out
+    numbers = {"num_examples": 20, "batch_size": 5, "target_delta": 1e-3, "accountant": "rdp"}
+    alone = ldp.forecast(**numbers, target_epsilon=2.0, num_steps=8)
+    assert (found.forecast.noise_for, found.forecast.batches) == (alone.noise_for, alone.batches)
+    assert (found.forecast.epsilon, found.forecast.noise_multiplier) == (found.epsilon, found.noise_multiplier)
+    for title in (
+        "Epsilon over the steps",
+        "Noise for other epsilons, 8 steps",
+        "Other batch sizes, the same work (2 ",
+    ):
+        assert title in printed
+    assert "planned end" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_given_noise_is_compared_with_the_noise_that_would_do(with_tables, capsys):
+    dp = ldp.DPStrategy(target_epsilon=2.0, noise_multiplier=1.2, target_delta=1e-3, accountant="rdp")
+    found = ldp.plan(trainer(dp, max_steps=30), Regression(), loader())
+    allowed = ldp.max_steps(
+        target_epsilon=2.0, target_delta=1e-3, noise_multiplier=1.2, sample_rate=0.25, accountant="rdp"
+    )
+    assert (found.steps, found.forecast.num_allowed, found.forecast.num_steps) == (allowed, allowed, 30)
+    assert found.forecast.epsilon > 2 > found.epsilon
+    enough = ldp.forecast(sample_rate=0.25, target_delta=1e-3, target_epsilon=2.0, num_steps=30, accountant="rdp")
+    (noise,) = [row.noise_multiplier for row in found.forecast.noise_for if row.epsilon == 2.0]
+    assert noise == pytest.approx(enough.noise_multiplier, rel=0.01)
+    assert f"{allowed}" in [
+        line.split()[0] for line in capsys.readouterr().out.splitlines() if "the last within" in line
+    ]
+
+
+def test_the_budget_of_a_resumed_fit_starts_from_what_is_spent(tmp_path, with_tables, capsys):
+    at = tmp_path.parent / f"{tmp_path.name}-checkpoints"
+    saving = ModelCheckpoint(at, save_last=True)
+    settings = {"noise_multiplier": 1.0, "accountant": "rdp"}
+    first = trainer(ldp.DPStrategy(**settings), callbacks=[saving], enable_checkpointing=True, max_steps=2)
+    first.fit(Regression(), loader())
+    fit = trainer(ldp.DPStrategy(**settings), max_steps=5)
+    found = ldp.plan(fit, Regression(), loader(), ckpt_path=at / "last.ckpt")
+    assert "Epsilon over further steps, after 2 made before" in capsys.readouterr().out
+    assert found.forecast.num_steps == 3
+    common = {"noise_multiplier": 1.0, "sample_rate": 0.25, "delta": 1 / 200, "accountant": "rdp"}
+    for row in found.forecast.after_steps:
+        assert row.epsilon == pytest.approx(ldp.compute_epsilon(num_steps=2 + row.num_steps, **common))
+
+
+def test_there_is_no_forecast_without_noise_or_before_the_numbers_are_known():
+    assert planned(Regression(), noise_multiplier=0).forecast is None
+    assert planned(Regression(), DataLoader(loader().dataset, batch_size=30)).forecast is None
+
+
+def test_the_budget_counts_all_releases_from_a_draw():
+    dp = ldp.DPStrategy(noise_multiplier=2.0)
+    fit = trainer(dp, max_epochs=3, max_steps=-1)
+    found = ldp.plan(fit, FeatureMatching().double(), real_samples(), show=False).forecast
+    expected = ldp.compute_epsilon(noise_multiplier=2.0 / 2**0.5, sample_rate=1.0, num_steps=3, delta=found.delta)
+    assert (found.releases_per_draw, found.num_steps) == (2, 3)
+    assert found.epsilon == pytest.approx(expected, rel=1e-9)
+    (row,) = [row for row in found.noise_for if row.epsilon == found.goal]
+    assert row.noise_multiplier == pytest.approx(2.0, rel=1e-9)
+
+
+def test_the_budget_is_drawn(tmp_path):
+    path = tmp_path.parent / f"{tmp_path.name}.png"
+    for data in (DataLoader(loader().dataset, batch_size=30), loader()):  # the first is refused
+        assert not path.exists()
+        dp = ldp.DPStrategy(noise_multiplier=1.0, accountant="rdp")
+        ldp.plan(trainer(dp), Regression(), data, show=False, plot=path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_budget_is_drawn_by_the_command(tmp_path):
+    path = tmp_path.parent / f"{tmp_path.name}.png"
+    command_line("plan", "--model=tests.test_plan.WithData", *CPU, "--seed_everything=1", f"--plot={path}")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_plan(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    fit = trainer(ldp.DPStrategy(noise_multiplier=1.0))
+    monkeypatch.setattr(fit, "fit", lambda *_, **__: pytest.fail("planned"))
+    with pytest.raises(ldp.PrivacyConfigurationError, match="a plot needs matplotlib"):
+        ldp.plan(fit, Regression(), loader(), plot="plan.png")
 
 
 # ---- nothing is left ----------------------------------------------------------------------------------------------

@@ -1,26 +1,28 @@
 """The journal: a write-ahead record of releases beside the checkpoints.
 
-Owns: files ``privacy-journal-<segment id>.json`` in the directories that hold this run's checkpoints. Does not own:
-the history itself (``ledger``), nor when a release is made (the private step).
+Owns: when this process's file ``privacy-journal-<segment id>.json`` is written, in the directories that hold this run's
+checkpoints. Does not own: the history itself (``ledger``), what a file says (``reservation``), the exact number
+(``exact_count``), what is concluded after a crash (``recovery``), nor when a release is made (the private step).
 
 A checkpoint knows the releases before it, not those between it and a crash; a run resumed from it would forget them.
 So releases are reserved here before they are made, as in write-ahead logging (Mohan et al. 1992):
-``releases on disk >= releases made``, at every instant, at the price of at most one block too many after a crash.
+``releases on disk >= releases made``, at every instant. What was reserved and not made is taken back by whoever
+resumes, if the exact number survived.
 """
 
-import json
 import os
-import tempfile
-from contextlib import suppress
+import time
 from pathlib import Path
 from typing import Any
 
+from lightning_dp.accounting.durable import replace_file
+from lightning_dp.accounting.exact_count import ExactCount
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phases import check_count
+from lightning_dp.accounting.recovery import join_journals, journal_path, settle_journals
 from lightning_dp.accounting.releases import Release
+from lightning_dp.accounting.reservation import Pace, Reservation
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
-
-_PREFIX, _SUFFIX = "privacy-journal-", ".json"
 
 
 class Journal:
@@ -30,22 +32,41 @@ class Journal:
         If every release is preceded by :meth:`reserve`, a ledger loaded from any of this run's checkpoints and
         completed by :meth:`read` in that checkpoint's directory counts at least every release made, whenever the
         process died; provided that (1) the directory was added when the checkpoint was saved, (2) its file system keeps
-        what was fsynced, (3) one process writes for one ledger.
+        what was fsynced, (3) one journal writes for one ledger, (4) neither the directory nor the machine (a snapshot)
+        is put back to an earlier time.
 
-        ========================================== ===================================================
-        case                                       effect
-        ========================================== ===================================================
-        killed while writing                       the previous record stays, and still covers all
-        killed between reservation and release     up to one block is counted too much, never too little
-        checkpoint moved without its journal       only the checkpoint counts
-        directory deleted meanwhile                skipped: its checkpoints are gone too
-        ========================================== ===================================================
+        What the reservation of a dead process counts, by what was left of it:
+
+        ================================================= ============================================================
+        case                                              effect
+        ================================================= ============================================================
+        killed, also while writing                        exact, or one more: the release that was about to be made
+        ended without :meth:`close`                       exact
+        the machine crashed or was restarted              in full: the exact number is gone with the memory
+        resumed on another machine, in another container, in full: it is not there
+        by another user, or not on Linux
+        the process is still running                      in full: it may make them yet
+        the number is torn, of another process or boot    in full
+        the number is smaller than before the reservation in full
+        directory or journal copied, restored, put back   `PrivacyError` if more was released than they know; on another
+                                                          machine in full, and what is later than the copy is missing
+        checkpoint moved without its journal              `PrivacyError` if that left releases out; on another machine
+                                                          only the checkpoint counts
+        two processes resumed from one checkpoint         both count, for whoever resumes from that directory later
+        directory deleted meanwhile                       skipped: its checkpoints are gone too
+        disk or memory full, read-only                    `PrivacyError` before the release
+        forked process, copy of this object               keeps a record of its own
+        ================================================= ============================================================
     """
 
     def __init__(self) -> None:
         """Know no directory yet."""
         self._directories: set[Path] = set()
-        self._written: dict[Path, dict[str, Any]] = {}
+        self._tidy: set[Path] = set()
+        self._reserved: Reservation | None = None
+        self._revision, self._written_by = 0, ""
+        self._count: ExactCount | None = None
+        self._pace = Pace()
 
     def add_directory(self, directory: str | os.PathLike[str]) -> None:
         """Record this run in ``directory`` from the next release on; call it whenever a checkpoint is saved there.
@@ -53,9 +74,12 @@ class Journal:
         Args:
             directory: An existing local directory.
         """
-        self._directories.add(Path(directory).absolute())
+        path = Path(directory).absolute()
+        if path not in self._directories:
+            self._directories.add(path)
+            self._reserved = None
 
-    def reserve(self, ledger: Ledger, release: Release, *, block: int = 1, cap: int | None = None) -> None:
+    def reserve(self, ledger: Ledger, release: Release, *, block: int | None = None, cap: int | None = None) -> None:
         """Have the next release on disk, in every directory, before it is booked and made.
 
         Touches no disk while an earlier reservation covers that release.
@@ -63,21 +87,23 @@ class Journal:
         Args:
             ledger: The history, without the release to come.
             release: The one to come.
-            block: How many releases to reserve at once, at least 1; about 1 % of the planned steps.
-            cap: How many releases of this kind the budget still allows, at least 1; ``None`` for no limit.
+            block: How many releases to reserve at once, at least 1; ``None`` to go by time, see
+                :class:`~lightning_dp.accounting.reservation.Pace`.
+            cap: How many releases the budget still allows, at least 1; ``None`` for no limit.
 
         Raises:
             PrivacyConfigurationError: If ``block`` or ``cap`` is below 1.
             PrivacyError: If a file cannot be written; the release must not be made then.
         """
-        ahead = _at_least_one("block", block)
-        if cap is not None:
-            ahead = min(ahead, _at_least_one("cap", cap))
-        needed = _extended(ledger, release, 1)
-        for directory in sorted(self._directories):
-            if not _covers(self._written.get(directory), needed):
-                state = _extended(ledger, release, ahead)
-                self._write(directory, ledger.own_segment, state)
+        most = None if block is None else _at_least_one("block", block)
+        limit = None if cap is None else _at_least_one("cap", cap)
+        number = ledger.num_own + 1
+        if self._directories and not self._covers(ledger, number, release):
+            ahead = self._pace.block(number - 1) if most is None else most
+            ahead = ahead if limit is None else min(ahead, limit)
+            self._reserve(Reservation.of(ledger, release, ahead), ledger)
+        if self._count is not None and self._count.segment == ledger.own_segment:
+            self._count.write(number)
 
     def close(self, ledger: Ledger) -> None:
         """Replace reservations by what was really booked; call it at a clean end and on an exception.
@@ -88,8 +114,14 @@ class Journal:
         Raises:
             PrivacyError: If a file cannot be written; the reservations then stay, which is safe.
         """
-        for directory in sorted(self._written):
-            self._write(directory, ledger.own_segment, ledger.state_dict())
+        if self._written_by != ledger.own_segment:
+            return  # nothing reserved, or by the process that this one was forked from
+        self._reserved = None
+        self._write(Reservation.of(ledger))
+        if self._count is not None and self._count.segment == ledger.own_segment:
+            self._count.remove()
+            self._count = None
+        self._written_by = ""
 
     @staticmethod
     def read(directory: str | os.PathLike[str], ledger: Ledger) -> None:
@@ -103,38 +135,45 @@ class Journal:
             ledger: The history as the checkpoint knew it.
 
         Raises:
-            PrivacyError: If a journal file cannot be read or is malformed; it names the file.
+            PrivacyError: If a journal file cannot be read or is malformed; it names the file. If a process on this
+                machine is known to have made more releases than are now in the ledger.
         """
-        own = _path(Path(directory), ledger.own_segment)
-        waiting = [_load(path) for path in sorted(Path(directory).glob(f"{_PREFIX}*{_SUFFIX}")) if path != own]
-        joined = True
-        while joined:
-            related = [state for state in waiting if state["segments"].keys() & ledger.segment_ids]
-            waiting = [state for state in waiting if state not in related]
-            for state in related:
-                ledger.merge(state)
-            joined = bool(related)
+        join_journals(Path(directory), ledger)
 
-    def _write(self, directory: Path, segment: str, state: dict[str, Any]) -> None:
-        """Replace the journal in one directory, if the directory is still there."""
-        if not directory.is_dir():
-            self._directories.discard(directory)
-            self._written.pop(directory, None)
-            return
-        path = _path(directory, segment)
-        try:
-            _replace(path, json.dumps(state))
-        except OSError as error:
-            raise PrivacyError(
-                f"The privacy journal {path} cannot be written ({error}). A release that is on no record could be "
-                "forgotten after a crash: make room or make the directory writable."
-            ) from error
-        self._written[directory] = state
+    def _covers(self, ledger: Ledger, number: int, release: Release) -> bool:
+        """Whether the release is reserved, on top of the very history that the ledger has."""
+        reserved = self._reserved
+        if reserved is None or reserved.segment != ledger.own_segment or self._revision != ledger.revision:
+            return False
+        return reserved.covers(number, release)
 
+    def _reserve(self, reservation: Reservation, ledger: Ledger) -> None:
+        """Write a reservation, and only then believe in it."""
+        self._reserved, self._written_by, began = None, reservation.segment, time.perf_counter()
+        self._write(reservation)
+        self._pace.wrote(reservation.first, time.perf_counter() - began)
+        if self._count is None or self._count.segment != reservation.segment:
+            self._count = ExactCount.begin(reservation.segment, reservation.first)
+        self._reserved, self._revision = reservation, ledger.revision
+        for directory in self._directories - self._tidy:
+            settle_journals(directory, ledger)
+        self._tidy = set(self._directories)
 
-def _path(directory: Path, segment: str) -> Path:
-    """The journal file of one process."""
-    return directory / f"{_PREFIX}{segment}{_SUFFIX}"
+    def _write(self, reservation: Reservation) -> None:
+        """Replace this process's journal in every directory that is still there."""
+        self._directories = {directory for directory in self._directories if directory.is_dir()}
+        for path in sorted(journal_path(directory, reservation.segment) for directory in self._directories):
+            try:
+                replace_file(path, reservation.text())
+            except OSError as error:
+                raise PrivacyError(
+                    f"The privacy journal {path} cannot be written ({error}). A release that is on no record could be "
+                    "forgotten after a crash: make room or make the directory writable."
+                ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy goes with a copy of the ledger, which has a segment of its own: it reserves anew."""
+        return {**Journal().__dict__, "_directories": set(self._directories)}
 
 
 def _at_least_one(name: str, value: int) -> int:
@@ -142,68 +181,3 @@ def _at_least_one(name: str, value: int) -> int:
     if check_count(name, value) < 1:
         raise PrivacyConfigurationError(f"{name}={value!r}: expected an integer >= 1.")
     return int(value)
-
-
-def _extended(ledger: Ledger, release: Release, count: int) -> dict[str, Any]:
-    """The ledger's state as if this process had made so many releases more."""
-    state = ledger.state_dict()
-    rows = state["segments"][ledger.own_segment]
-    row = next((row for row in rows if Release.from_row(row)[0] == release), None)
-    if row is None:
-        rows.append(release.as_row(count))
-    else:
-        row["num_releases"] += count
-    return state
-
-
-def _counts(state: dict[str, Any]) -> dict[tuple[str, Release], int]:
-    """The releases by process and kind."""
-    rows = ((name, Release.from_row(row)) for name, rows in state["segments"].items() for row in rows)
-    return {(name, release): count for name, (release, count) in rows}
-
-
-def _covers(written: dict[str, Any] | None, needed: dict[str, Any]) -> bool:
-    """Whether a written state has every process (the links to earlier runs) and every release of a needed one."""
-    if written is None or not written["segments"].keys() >= needed["segments"].keys():
-        return False
-    have = _counts(written)
-    return all(have.get(key, 0) >= count for key, count in _counts(needed).items())
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """The checked state in one journal file."""
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        Ledger().merge(state)
-    except (OSError, ValueError, PrivacyError) as error:
-        raise PrivacyError(
-            f"The privacy journal {path} cannot be read ({error}). It may hold releases that no checkpoint knows, so "
-            "it is not ignored: restore it, or remove it if this run did not write it."
-        ) from error
-    return state
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that at every instant the old or the new content is there, and the new one after return."""
-    handle, temporary = tempfile.mkstemp(prefix=".privacy-journal-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the renaming itself durable, where the system can open a directory."""
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

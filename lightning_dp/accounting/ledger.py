@@ -43,6 +43,7 @@ class Ledger:
         """Start an empty history."""
         self._segments: dict[str, Segment] = {}
         self._own: tuple[int, str] | None = None
+        self._num_own, self._num_others, self._revision = 0, 0, 0
 
     @property
     def own_segment(self) -> str:
@@ -51,6 +52,7 @@ class Ledger:
         if self._own is None or self._own[0] != os.getpid():
             self._own = os.getpid(), uuid.uuid4().hex
             self._segments[self._own[1]] = {}
+            self._recount()
         return self._own[1]
 
     @property
@@ -82,15 +84,42 @@ class Ledger:
         counts.update(more or {})
         return histories(counts)
 
+    def concerning(self, more: Mapping[Release, int]) -> tuple[tuple[Phase, ...], ...]:
+        """What units can have taken part in that releases to come concern; those of other partitions are left out.
+
+        Args:
+            more: Releases to come, which are counted too.
+        """
+        named = {release.partition for release in more}
+        counts = Counter(more)
+        counts.update({r: n for r, n in self.counts.items() if None in named or r.partition in (None, *named)})
+        return histories(counts)
+
     @property
     def num_releases(self) -> int:
         """The number of all releases."""
-        return sum(sum(segment.values()) for segment in self._segments.values())
+        return self._num_own + self._num_others
+
+    @property
+    def num_own(self) -> int:
+        """The number of releases in this process's segment."""
+        _ = self.own_segment  # a forked process begins anew
+        return self._num_own
+
+    @property
+    def revision(self) -> int:
+        """Grows whenever another history is joined, not when a release is booked."""
+        return self._revision
+
+    def num_of(self, segment: str) -> int:
+        """The number of releases in one segment; 0 if it took no part."""
+        return sum(self._segments.get(segment, {}).values())
 
     def book(self, release: Release) -> None:
         """Enter one release, before it is made."""
         own = self._segments[self.own_segment]
         own[release] = own.get(release, 0) + 1
+        self._num_own += 1
 
     def state_dict(self) -> dict[str, Any]:
         """The history as plain values that JSON keeps.
@@ -118,10 +147,20 @@ class Ledger:
             segment = self._segments.setdefault(name, {})
             for release, count in loaded.items():
                 segment[release] = max(count, segment.get(release, 0))
+        self._recount()
+
+    def _recount(self) -> None:
+        """Add up anew what every step asks for and only the own segment's growth changes step by step."""
+        own = self._own[1] if self._own is not None else ""
+        self._num_own = self.num_of(own)
+        self._num_others = sum(map(self.num_of, self._segments)) - self._num_own
+        self._revision += 1
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the history, but not the right to extend this process's segment."""
-        return {"_segments": {name: dict(segment) for name, segment in self._segments.items()}, "_own": None}
+        segments = {name: dict(segment) for name, segment in self._segments.items()}
+        totals = {"_num_own": 0, "_num_others": self.num_releases, "_revision": self._revision}
+        return {"_segments": segments, "_own": None, **totals}
 
 
 def _parse(state: Mapping[str, Any]) -> dict[str, Segment]:

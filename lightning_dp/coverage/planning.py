@@ -190,10 +190,12 @@ class _Rehearsal:
     def _settings(self, steps_per_draw: int) -> None:
         plan, run, budget, loader = self._plan, self._run, self._run.budget, self._run.loader
         assert loader is not None, "settled with the dataloader"
-        mechanism = run.schedule.base
-        plan.engine, plan.num_examples = run.settings.clipping_engine, loader.units.num_units
-        plan.expected_batch_size, plan.sample_rate = mechanism.expected_batch_size, mechanism.sample_rate
-        plan.physical_batch_size = loader.max_physical_batch_size
+        mechanism, units = run.schedule.base, loader.units
+        plan.engine, plan.num_examples = run.settings.clipping_engine, len(loader.dataset)  # type: ignore[arg-type]
+        plan.num_users = units.num_units if units.unit == "user" else None
+        plan.examples_per_user = rows = units.examples_per_unit
+        plan.expected_batch_size, plan.sample_rate = mechanism.expected_batch_size * rows, mechanism.sample_rate
+        plan.physical_batch_size = loader.max_physical_batch_size * rows
         plan.noise_multiplier, plan.target_epsilon = mechanism.noise_multiplier, budget.target_epsilon
         plan.delta, plan.planned_steps = budget.delta, budget.planned_steps
         plan.steps_per_batch = max(1, steps_per_draw)

@@ -59,9 +59,11 @@ class Plan:
         untrained: The names of the parameters that require a gradient, but that no optimizer has.
         public: The names of the parameters that are trained without noise, since no example has a part in them.
         engine: ``"book"`` or ``"loop"``.
-        num_examples: N; ``None`` here and below if the fit was refused before it was known.
+        num_examples: Of the training data; ``None`` here and below if the fit was refused before it was known.
+        num_users: N, if the unit is a user with all their examples; ``None`` if it is an example.
+        examples_per_user: How many examples of a drawn user are in a logical batch.
         expected_batch_size: The expected number of examples in a logical batch.
-        sample_rate: The probability of each example to be in it.
+        sample_rate: The probability of each unit to be in it.
         physical_batch_size: The most examples processed at a time.
         planned_steps: Logical batches that the trainer is set to make steps for in all; ``None`` without a limit.
         steps: How many more of them this fit uses: those planned that fit into ``target_epsilon``; ``None`` if endless.
@@ -87,6 +89,8 @@ class Plan:
     public: tuple[str, ...] = ()
     engine: str = "book"
     num_examples: int | None = None
+    num_users: int | None = None
+    examples_per_user: int = 1
     expected_batch_size: float | None = None
     sample_rate: float | None = None
     physical_batch_size: int | None = None

@@ -55,8 +55,11 @@ def _settings(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{plan.num_trained:,} trainable, {plan.num_frozen:,} frozen"
     if plan.num_examples is None:
         return
-    yield "training examples (N)", f"{plan.num_examples:,}"
-    yield "expected batch", f"{plan.expected_batch_size:g}"
+    if plan.num_users is None:
+        yield "training examples (N)", f"{plan.num_examples:,}"
+    else:
+        yield "training users (N)", f"{plan.num_users:,}, with {plan.num_examples:,} examples"
+    yield "expected batch", f"{plan.expected_batch_size:g}{_of_each(plan)}"
     yield "sample rate", f"{plan.sample_rate:.4g}"
     yield "physical batch", f"at most {plan.physical_batch_size:,}"
     yield ("planned steps" if plan.steps_per_batch == 1 else "planned logical batches"), _steps(plan)
@@ -64,6 +67,10 @@ def _settings(plan: Plan) -> Iterator[tuple[str, str]]:
     of_target = "" if plan.target_epsilon is None else f" of {plan.target_epsilon:g}"
     yield "epsilon after these", "grows without end" if plan.epsilon is None else f"{plan.epsilon:.4f}{of_target}"
     yield "delta", f"{plan.delta:.3g}"
+
+
+def _of_each(plan: Plan) -> str:
+    return "" if plan.num_users is None else f" examples, {plan.examples_per_user} of each user"
 
 
 def _steps(plan: Plan) -> str:

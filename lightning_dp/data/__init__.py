@@ -2,6 +2,18 @@
 
 from lightning_dp.data.checks import check_dataloader
 from lightning_dp.data.poisson import Drawn, PhysicalBatch, PoissonLoader, largest_draw
-from lightning_dp.data.units import ExampleUnits, Units
+from lightning_dp.data.private_dataset import PrivateDataset, units_of
+from lightning_dp.data.units import ExampleUnits, Units, UserUnits
 
-__all__ = ["Drawn", "ExampleUnits", "PhysicalBatch", "PoissonLoader", "Units", "check_dataloader", "largest_draw"]
+__all__ = [
+    "Drawn",
+    "ExampleUnits",
+    "PhysicalBatch",
+    "PoissonLoader",
+    "PrivateDataset",
+    "Units",
+    "UserUnits",
+    "check_dataloader",
+    "largest_draw",
+    "units_of",
+]

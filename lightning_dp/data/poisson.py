@@ -167,7 +167,8 @@ class PoissonLoader:
                 # repeat what was drawn, so that what a training step logs is about the draw.
                 rows = self.max_physical_batch_size if self._constant_size else max(len(chunk), 1)
                 self._chunks.append(Drawn(rows, len(chunk), k == len(chunks) - 1, step, rate))
-                yield self.units.examples_of(list(islice(cycle(chunk or [0]), rows)))
+                examples = self.units.examples_of(chunk or [0], self._random)
+                yield list(islice(cycle(examples), rows * self.units.examples_per_unit))
 
     def _after(self, chunk: Drawn, physical: Iterator[Any]) -> Iterator[PhysicalBatch]:
         while not chunk.is_last:

@@ -1,12 +1,18 @@
 """Units: what is sampled, clipped and protected as one.
 
-Owns: which examples belong to a unit. Does not own: the draws (``poisson``).
+Owns: which examples belong to a unit, and which of them take part in a step. Does not own: the draws of units
+(``poisson``), or how a data set says whose its examples are (``private_dataset``).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_dp.noise import SecretRandom
 
 
 class Units(ABC):
@@ -27,8 +33,13 @@ class Units(ABC):
         self.num_units, self.partition = num_units, partition
 
     @abstractmethod
-    def examples_of(self, units: Sequence[int]) -> list[int]:
-        """Return the indices of the examples of these units, ``examples_per_unit`` of each, one unit after another."""
+    def examples_of(self, units: Sequence[int], random: SecretRandom | None = None) -> list[int]:
+        """Return the indices of the examples of these units, ``examples_per_unit`` of each, one unit after another.
+
+        Args:
+            units: The units.
+            random: Chooses among the examples of each; ``None`` for always the same ones.
+        """
 
 
 class ExampleUnits(Units):
@@ -36,6 +47,42 @@ class ExampleUnits(Units):
 
     unit = "example"
 
-    def examples_of(self, units: Sequence[int]) -> list[int]:
+    def examples_of(self, units: Sequence[int], random: SecretRandom | None = None) -> list[int]:
         """Return the units themselves."""
         return list(units)
+
+
+class UserUnits(Units):
+    """Every user is a unit, with all their examples.
+
+    Guarantee: what a unit gives to a batch is chosen from that user's own examples alone, and is always as many rows,
+    so neither the rows nor the number of other users' rows depend on it.
+
+    A user with k examples gives m rows: a random order of the k, gone through again and again up to m. With ``k >= m``
+    that is a random subset without replacement; with less, each example comes ``m // k`` times, and ``m % k`` of them,
+    chosen at random, once more.
+
+    Args:
+        users: The number of every example's user, counted from anywhere.
+        examples_per_unit: m.
+        partition: Name of the data.
+    """
+
+    unit = "user"
+
+    def __init__(self, users: NDArray[np.int64], examples_per_unit: int, partition: str | None = None) -> None:
+        _, counts = np.unique(users, return_counts=True)
+        super().__init__(len(counts), partition)
+        self.examples_per_unit = examples_per_unit
+        self._examples = np.argsort(users, kind="stable")
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+
+    def examples_of(self, units: Sequence[int], random: SecretRandom | None = None) -> list[int]:
+        """Return m examples of each user."""
+        return [int(example) for unit in units for example in self._some_of(unit, random)]
+
+    def _some_of(self, unit: int, random: SecretRandom | None) -> NDArray[np.int64]:
+        own = self._examples[self._starts[unit] : self._starts[unit + 1]]
+        if random is not None:
+            own = own[random.uniform(len(own)).argsort().numpy()]
+        return np.resize(own, self.examples_per_unit)

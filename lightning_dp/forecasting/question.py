@@ -55,8 +55,8 @@ def forecast(
         PrivacyConfigurationError: If too little or too much is given, or a value is out of range.
 
     Example:
-        >>> forecast(sample_rate=1.0, target_delta=1e-5, noise_multiplier=20.0, num_steps=100).epsilon
-        1.993...
+        >>> round(forecast(sample_rate=1.0, target_delta=1e-5, noise_multiplier=20.0, num_steps=100).epsilon or 0, 2)
+        1.99
     """
     rate = _sample_rate(num_examples, batch_size, sample_rate)
     delta = _delta(target_delta, num_examples)

@@ -19,7 +19,7 @@ from lightning_dp.accounting import MAX_RELEASES, Accountant, Phase, resolve_acc
 from lightning_dp.forecasting.search import TOLERANCE, Answer, Question, answer_in_turn, quotient_at, side_by_side
 
 _EPSILONS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
-_STEP_POWERS, _BATCH_POWERS = range(-9, 3), range(-3, 5)
+_STEP_POWERS, _BATCH_POWERS = range(-9, 2), range(-3, 5)
 _NEAR_BEST = 1.05
 
 
@@ -133,8 +133,8 @@ class Forecast:
 
     @cached_property
     def after_steps(self) -> tuple[AfterSteps, ...]:
-        """Epsilon at about a dozen numbers of steps, each twice the one before, up to four times the planned end."""
-        ends = [end for end in (self.num_steps, self.num_allowed) if end]
+        """Epsilon at about a dozen numbers of steps, each twice the one before, up to twice the planned end."""
+        ends = [end for end in (self.num_steps, self.num_allowed) if end and end < MAX_RELEASES]
         base = ends[0] if ends else math.ceil(1 / self.sample_rate)
         ladder = {min(MAX_RELEASES, round(base * 2.0**power)) for power in _STEP_POWERS}
         steps = sorted(step for step in ladder | set(ends) if step)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_dp.accounting import MAX_RELEASES
 from lightning_dp.forecasting.result import BatchOption, Forecast
 
 _WIDTH = 100
@@ -47,7 +48,8 @@ def answer_of(forecast: Forecast, asked: str) -> str:
         asked: ``"target_epsilon"``, ``"noise_multiplier"`` or ``"num_steps"``: the one that was not given.
     """
     noise, delta = f"noise multiplier {forecast.noise_multiplier:.4g}", f"at delta {forecast.delta:.3g}"
-    steps, spent = f"{forecast.num_steps:,} steps", f"epsilon {forecast.epsilon:.4g}"
+    endless = "at least " if forecast.num_steps == MAX_RELEASES else ""
+    steps, spent = f"{endless}{forecast.num_steps:,} steps", f"epsilon {forecast.epsilon:.4g}"
     if asked == "target_epsilon":
         return f"Epsilon: {steps} with {noise} spend {spent} {delta}."
     of_target = f"{spent} of {forecast.target_epsilon:g} {delta}"

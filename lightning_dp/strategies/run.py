@@ -17,9 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Accountant, Journal, Ledger
+from lightning_dp.accounting import Journal, Ledger
 from lightning_dp.budget import PrivacyBudget
-from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader
+from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
 from lightning_dp.errors import PrivacyError
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
@@ -27,6 +27,7 @@ from lightning_dp.private_statistics import PrivateStatistics
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
+from lightning_dp.strategies.fit_plan import FitPlan
 from lightning_dp.strategies.planning import planned_steps
 from lightning_dp.strategies.record import earlier_training, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
@@ -54,8 +55,9 @@ class PrivateRun:
         self._schedule: Schedule | None = None
         self._budget: PrivacyBudget | None = None
         self._terms: Terms | None = None
-        # The terms under which something was released, and how much had been when the present terms were settled.
-        self._agreed: Terms | None = None
+        # The terms under which something was released, by partition, the latest last; and how much had been when the
+        # present terms were settled.
+        self._agreed: dict[str | None, Terms] = {}
         self._released_before = 0
         self._journal = Journal()
         self.training: TrainingRecord | None = None
@@ -106,22 +108,21 @@ class PrivateRun:
             PrivacyConfigurationError: If the dataloader, the settings and the trainer do not go together.
         """
         user = self._user = check_dataloader(dataloader)
-        units = self._units = ExampleUnits(len(user.dataset))  # type: ignore[arg-type]
-        if self.ledger.num_releases > self._released_before:
-            self._agreed, self._released_before = self._terms, self.ledger.num_releases
+        units = self._units = units_of(user.dataset)
+        self._agreed, self._released_before = self._agreed_by_now, self.ledger.num_releases
         module, optimizers = trainer.lightning_module, len(trainer.strategy.optimizers)
         manual = not module.automatic_optimization
         self.settle(trainer, world_size, steps_per_draw=max(1, optimizers), announce=not manual)
-        size = self.settings.physical_batch_size(user.batch_size or 1)
+        size = self.settings.physical_batch_size(user.batch_size or 1, units)
         if manual:
-            size = self.settings.undivided_batch_size(units.num_units, self.schedule.largest_rate)
+            size = self.settings.undivided_batch_size(units, self.schedule.largest_rate)
         self.loader = PoissonLoader(
             user,
             units,
             sample_rate=lambda step: self.schedule.at(step).sample_rate,
             first_step=lambda: trainer.global_step // max(1, optimizers),
             num_batches=len(user),
-            max_physical_batch_size=max(1, size // units.examples_per_unit),
+            max_physical_batch_size=size,
             random=self._sampling,
             constant_size=manual and optimizers > 1,
         )
@@ -149,42 +150,28 @@ class PrivateRun:
         settings, step = self.settings, trainer.global_step // steps_per_draw
         planned = planned_steps(trainer, len(self._user), steps_per_draw)
         terms = self._present_terms(settings.sample_rate(self._units, self._user.batch_size or 0, world_size))
-        before = self._agreed if self._agreed and self._agreed.partition == terms.partition else None
-
-        def settled(accountant: Accountant) -> tuple[Schedule, PrivacyBudget]:
-            schedule = settings.plan(
-                terms,
-                before,
-                self.ledger,
-                accountant,
-                step=step,
-                planned_steps=planned,
-                releases_per_draw=releases_per_draw,
-            )
-            budget = PrivacyBudget(
-                schedule,
-                accountant,
-                self.ledger,
-                self._journal,
-                delta=terms.delta,
-                target_epsilon=settings.target_epsilon,
-                planned_steps=planned,
-                step=step,
-            )
-            return schedule, budget
-
+        planning = FitPlan(
+            settings=settings,
+            terms=terms,
+            agreed=self._agreed,
+            ledger=self.ledger,
+            step=step,
+            planned_steps=planned,
+            releases_per_draw=releases_per_draw,
+        )
         accountant = settings.accountant_for(terms.delta)
-        schedule, budget = settled(accountant)
-        trusted = budget.trusted_accountant()
-        self._schedule, self._budget = (schedule, budget) if trusted is accountant else settled(trusted)
+        self._schedule, self._budget = planning.settled(accountant, self._journal)
+        trusted = self._budget.trusted_accountant()
+        if trusted is not accountant:
+            self._schedule, self._budget = planning.settled(trusted, self._journal)
         self._terms = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
         if announce:
             self._announce(self._schedule.base, self._budget)
 
     def _present_terms(self, sample_rate: float) -> Terms:
         delta = self.settings.delta(self._units)
-        if self._agreed and self.settings.target_delta is None:
-            delta = min(delta, self._agreed.delta)  # a default one must suit every dataset that was released from
+        if self.settings.target_delta is None:  # a default one must suit every dataset that was released from
+            delta = min([delta, *(agreed.delta for agreed in self._agreed.values())])
         return Terms(
             num_units=self._units.num_units,
             unit=self._units.unit,
@@ -195,6 +182,14 @@ class PrivateRun:
             schedule=self.settings.schedule,
             filter_target=self.settings.target_epsilon if self.settings.resolved_accountant().adaptive else None,
         )
+
+    @property
+    def _agreed_by_now(self) -> dict[str | None, Terms]:
+        """The terms under which something was released by now."""
+        if self._terms is None or self.ledger.num_releases == self._released_before:
+            return self._agreed
+        others = {name: terms for name, terms in self._agreed.items() if name != self._terms.partition}
+        return {**others, self._terms.partition: self._terms}
 
     def mechanism_of(self, drawn: Drawn) -> Mechanism:
         """Return the mechanism by which a logical batch is to be released.
@@ -223,11 +218,12 @@ class PrivateRun:
             _log.warning("noise_multiplier=0: this run is NOT private, its epsilon is infinite.")
         if self.settings.noise_multiplier is not None or self.ledger.num_releases:
             return
-        several = mechanism.releases_per_draw
+        several, stages = mechanism.releases_per_draw, len(self.settings.schedule)
         rank_zero_info(
             f"Privacy: noise_multiplier {mechanism.noise_multiplier:.4g} calibrated to epsilon "
             f"{budget.target_epsilon:g} at delta {budget.delta:.3g} for {budget.planned_steps} steps"
-            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}."
+            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}"
+            f"{f', both varied in {stages} stages' if stages else ''}."
         )
 
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
@@ -237,8 +233,14 @@ class PrivateRun:
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Put the ledger into a checkpoint that is about to be saved."""
-        terms = self._terms.state_dict() if self._terms else None
-        state = {"version": 2, "ledger": self.ledger.state_dict(), "terms": terms}
+        terms = dict(self._agreed_by_now)
+        if self._terms is not None:  # a crash may part the releases that follow from the next checkpoint
+            terms[self._terms.partition] = self._terms
+        state = {
+            "version": 2,
+            "ledger": self.ledger.state_dict(),
+            "terms": [agreed.state_dict() for agreed in terms.values()],
+        }
         checkpoint[_CHECKPOINT_KEY] = {**state, **plain_record(self)}
 
     def record(self) -> Record | None:
@@ -255,11 +257,14 @@ class PrivateRun:
         if _CHECKPOINT_KEY in checkpoint:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
             self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])
-            terms = checkpoint[_CHECKPOINT_KEY]["terms"]
-            self._agreed = Terms.from_state(terms) if terms and self.ledger.num_releases else self._agreed
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         self._journal.read(path.parent, self.ledger)
+        released_from = {release.partition for release in self.ledger.counts}
+        for terms in map(Terms.from_state, checkpoint.get(_CHECKPOINT_KEY, {}).get("terms", [])):
+            if terms.partition in released_from:
+                self._agreed.pop(terms.partition, None)  # the latest last
+                self._agreed[terms.partition] = terms
         self._released_before = self.ledger.num_releases
         self.keep_journal_beside(path)  # whoever resumes from there again must find what this run releases
 

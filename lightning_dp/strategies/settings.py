@@ -1,22 +1,20 @@
-"""The arguments of a private strategy, checked, and the plan of a fit that follows from them.
+"""The arguments of a private strategy, checked.
 
-Owns: the meaning of the arguments: delta, sample rate, number of steps, calibrated noise. Does not own: the hooks.
+Owns: the meaning of each argument: delta, sample rate, sizes, clipping, accountant. Does not own: the noise that
+follows from all of them together (``fit_plan``), or the hooks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_dp.accounting import Accountant, Ledger, calibrate, greatest_epsilon, resolve_accountant
+from lightning_dp.accounting import Accountant, resolve_accountant
 from lightning_dp.accounting.delta import delta_for
 from lightning_dp.clipping import Clipping, resolve_clipping
 from lightning_dp.data import Units, largest_draw
 from lightning_dp.errors import PrivacyConfigurationError
-from lightning_dp.mechanism import Mechanism
-from lightning_dp.schedule import Schedule, Stage
-from lightning_dp.strategies.terms import Terms
+from lightning_dp.schedule import Stage
 
 
 @dataclass(frozen=True)
@@ -79,17 +77,28 @@ class PrivacySettings:
                 "first release. Give target_epsilon."
             )
 
-    def physical_batch_size(self, batch_size: int) -> int:
-        """Return the most examples to process at a time, for a dataloader of this batch size."""
-        return 1 if self.clipping_engine == "loop" else self.max_physical_batch_size or batch_size
+    def physical_batch_size(self, batch_size: int, units: Units) -> int:
+        """Return the most units to process at a time, for a dataloader of this batch size.
 
-    def undivided_batch_size(self, num_units: int, sample_rate: float) -> int:
-        """Return the size of a batch that holds a whole logical batch, as manual optimization needs it.
+        Raises:
+            PrivacyConfigurationError: If not even one unit may be.
+        """
+        most, rows = self.max_physical_batch_size, units.examples_per_unit
+        if most is not None and most < rows:
+            raise PrivacyConfigurationError(
+                f"max_physical_batch_size={most} with examples_per_user={rows}: the examples of a user are clipped "
+                f"together, so they are in one physical batch. Use at least {rows}, or fewer examples_per_user."
+            )
+        return 1 if self.clipping_engine == "loop" else max(1, (most or batch_size) // rows)
+
+    def undivided_batch_size(self, units: Units, sample_rate: float) -> int:
+        """Return how many units a batch has that holds a whole logical batch, as manual optimization needs it.
 
         Raises:
             PrivacyConfigurationError: If the settings divide logical batches.
         """
-        size = largest_draw(num_units, sample_rate)
+        draw = largest_draw(units.num_units, sample_rate)
+        size = draw * units.examples_per_unit
         if self.clipping_engine == "loop" or (self.max_physical_batch_size or size) < size:
             limit = "clipping_engine='loop'"
             if self.clipping_engine == "book":
@@ -99,7 +108,7 @@ class PrivacySettings:
                 f"a whole logical batch, of up to {size} samples here. Leave the setting out, or use automatic "
                 "optimization."
             )
-        return size
+        return draw
 
     def resolved_clipping(self) -> Clipping:
         """Return the clipping that the arguments name."""
@@ -137,118 +146,6 @@ class PrivacySettings:
                 "max_physical_batch_size."
             )
         return expected / units.num_units
-
-    def plan(
-        self,
-        terms: Terms,
-        before: Terms | None,
-        ledger: Ledger,
-        accountant: Accountant,
-        *,
-        step: int,
-        planned_steps: int | None,
-        releases_per_draw: int = 1,
-    ) -> Schedule:
-        """Return the mechanisms of a fit.
-
-        Args:
-            terms: Of this fit; its noise multiplier counts only if the user gave one.
-            before: Under which something was released from the same data; ``None`` if nothing was.
-            ledger: Releases made before.
-            accountant: Whose epsilon counts.
-            step: The step that comes next.
-            planned_steps: Logical batches planned in all, from step 0 on; ``None`` if the trainer has no limit.
-            releases_per_draw: Noisy gradients released from one logical batch.
-
-        Raises:
-            PrivacyConfigurationError: If batch size, noise, target and steps do not go together, or if the terms have
-                changed and the user did not say that they may.
-        """
-        changes = terms.differences(before, noise_is_given=self.noise_multiplier is not None) if before else []
-        self._check_changes(changes, ledger)
-        if before is not None and terms.filter_target != before.filter_target:
-            raise PrivacyConfigurationError(
-                f"target_epsilon={terms.filter_target} of accountant='rdp_filter' was {before.filter_target} in the "
-                f"{ledger.num_releases} releases made before: a filter holds for the target that was fixed before the "
-                "first release. Keep target and accountant, or begin a new run."
-            )
-        remaining = None if planned_steps is None else max(1, planned_steps - step)
-
-        def schedule(noise_multiplier: float) -> Schedule:
-            mechanism = Mechanism(
-                noise_multiplier,
-                self.resolved_clipping(),
-                terms.sample_rate,
-                terms.sample_rate * terms.num_units,
-                releases_per_draw,
-                terms.num_units,
-                terms.unit,
-                terms.partition,
-            )
-            return Schedule(mechanism, terms.schedule)
-
-        if self.noise_multiplier is not None:
-            planned = schedule(float(self.noise_multiplier))
-            self._check_first_step(planned, schedule, ledger, accountant, terms.delta, step, remaining or 1)
-            return planned
-        if before is not None and not changes:
-            return schedule(before.noise_multiplier)  # one budget, one noise
-        return schedule(self._calibrated(schedule, ledger, accountant, terms.delta, step, remaining))
-
-    def _check_changes(self, changes: list[str], ledger: Ledger) -> None:
-        if changes and self.changed_settings == "refuse":
-            raise PrivacyConfigurationError(
-                f"{'; '.join(changes)}, in the {ledger.num_releases} releases made before. Go on as before, or say "
-                "DPStrategy(changed_settings='new_phase') to have what follows accounted as another phase: earlier "
-                "releases count in any case, and noise that is not given is calibrated to what is left of the budget."
-            )
-
-    def _calibrated(
-        self,
-        schedule: Callable[[float], Schedule],
-        ledger: Ledger,
-        accountant: Accountant,
-        delta: float,
-        step: int,
-        remaining: int | None,
-    ) -> float:
-        """Return a noise multiplier with which the remaining steps spend what is left of the target."""
-        assert self.target_epsilon is not None, "checked with the arguments"
-        if remaining is None:
-            raise PrivacyConfigurationError(
-                "the noise cannot be calibrated without a planned number of steps: the trainer has max_epochs=-1 and "
-                "max_steps=-1. Give the Trainer max_epochs or max_steps, or give noise_multiplier to DPStrategy."
-            )
-        return calibrate(
-            accountant,
-            lambda noise: ledger.histories(schedule(noise).releases(step, remaining)),
-            target_epsilon=self.target_epsilon,
-            delta=delta,
-        )
-
-    def _check_first_step(
-        self,
-        planned: Schedule,
-        schedule: Callable[[float], Schedule],
-        ledger: Ledger,
-        accountant: Accountant,
-        delta: float,
-        step: int,
-        remaining: int,
-    ) -> None:
-        """Refuse a budget that does not allow a single step, and say what would."""
-        if self.target_epsilon is None or ledger.num_releases:
-            return
-        first = greatest_epsilon(accountant, ledger.histories(planned.releases(step, 1)), delta)
-        if first <= self.target_epsilon:
-            return
-        enough = self._calibrated(schedule, ledger, accountant, delta, step, remaining)
-        raise PrivacyConfigurationError(
-            f"target_epsilon={self.target_epsilon:g} is too small for a single step with noise_multiplier="
-            f"{self.noise_multiplier:g} at sample rate {planned.at(step).sample_rate:.4g}, which spends epsilon "
-            f"{first:.4g} at delta {delta:.3g}. Use noise_multiplier={enough:.4g} for {remaining} step(s), or a "
-            f"target_epsilon of at least {first:.4g}."
-        )
 
 
 def _check_number(

@@ -33,8 +33,16 @@ class PrivacyStatus:
 
     @property
     def sample_rate(self) -> float | None:
-        """The probability of an example to be in a logical batch; ``None`` before the training data is known."""
+        """The probability of a unit to be in a logical batch; ``None`` before the training data is known."""
         return self._run.mechanism.sample_rate if self._run.mechanism else None
+
+    @property
+    def unit(self) -> str | None:
+        """For adding or removing what epsilon is: an ``"example"``, or a ``"user"`` with all of theirs.
+
+        ``None`` before the training data is known.
+        """
+        return self._run.mechanism.unit if self._run.mechanism else None
 
     @property
     def num_releases(self) -> int:

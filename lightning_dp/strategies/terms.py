@@ -42,7 +42,7 @@ class Terms:
         """Say what is other than before.
 
         Args:
-            before: Earlier terms.
+            before: Earlier terms, of the same partition or of data that this one may have units in common with.
             noise_is_given: Whether the noise multiplier is the user's; otherwise it is the one from before.
         """
         found = [
@@ -55,6 +55,8 @@ class Terms:
             )
             if not math.isclose(now, then, rel_tol=1e-9)
         ]
+        if self.partition != before.partition:
+            found.append(f"the partition of the training data is now {self.partition!r} and was {before.partition!r}")
         return found + ["the schedule is another"] * (self.schedule != before.schedule)
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,10 +22,21 @@ class Known(SecretRandom):
         self._cpu = np.random.default_rng(seed)
 
 
-def poisson(n=N, q=0.3, num_batches=DRAWS, physical=8, seed=0, constant_size=False, user=None, first_step=0, **kwargs):
+def poisson(
+    n=N,
+    q=0.3,
+    num_batches=DRAWS,
+    physical=8,
+    seed=0,
+    constant_size=False,
+    user=None,
+    first_step=0,
+    units=None,
+    **kwargs,
+):
     return PoissonLoader(
         user or DataLoader(TensorDataset(torch.arange(n)), batch_size=5, **kwargs),
-        ExampleUnits(n),
+        units or ExampleUnits(n),
         sample_rate=q if callable(q) else lambda step: q,
         first_step=lambda: first_step,
         num_batches=num_batches,

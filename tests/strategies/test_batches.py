@@ -200,7 +200,7 @@ def test_hooks_of_the_transfer_run_once_for_every_physical_batch(where, physical
         {"num_workers": 1, "persistent_workers": True, "prefetch_factor": 4},
         {"generator": torch.Generator().manual_seed(3)},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_settings_of_a_loader(settings):
     module = Regression(network())

@@ -248,3 +248,23 @@ def test_parameters_frozen_in_the_middle_are_one_run():
 def test_malformed_terms(state):
     with pytest.raises(PrivacyError, match="the terms of the fit in this checkpoint cannot be read"):
         Terms.from_state(state)
+
+
+def test_without_a_schedule_a_skipped_batch_costs_no_search(monkeypatch):
+    dp = ldp.DPStrategy(noise_multiplier=1.0, target_epsilon=50.0, target_delta=1e-3)
+    trainer(dp, max_steps=1).fit(Regression(), loader())
+    monkeypatch.setattr(type(dp.budget), "_further_releases", lambda self: pytest.fail("searched"))
+    left = dp.budget.releases_left
+    dp.budget.book(40)
+    assert dp.budget.releases_left == left - 1
+    assert counted(dp) == [(0.25, 1.0, 2)]
+
+
+def test_the_summary_and_the_first_line_tell_of_the_stages(capsys, caplog):
+    dp = ldp.DPStrategy(target_epsilon=2.0, target_delta=1e-3, schedule=STAGES)
+    with caplog.at_level("INFO"):
+        trainer(dp, max_steps=12, callbacks=[ldp.PrivacyMonitor()]).fit(Regression(), loader())
+    assert "for 12 steps at sample rate 0.25, both varied in 3 stages." in caplog.text
+    shown, base = capsys.readouterr().out, dp._run.schedule.base.noise_multiplier
+    for line in (f"3 × {2 * base:.4g} at 0.25", f"4 × {base:.4g} at 0.125", f"5 × {base / 2:.4g} at 0.5"):
+        assert line in shown

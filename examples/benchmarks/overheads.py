@@ -1,0 +1,131 @@
+"""What bookkeeping of privacy costs in every step: budget and ledger, journal, and `PrivacyMonitor`.
+
+    python examples/benchmarks/overheads.py [--steps 10000] [--step-ms 10] [--history 50] [--directory .]
+
+A real fit, of steps that take 10 ms, with a checkpoint at its start, so that the journal is kept beside it. Timed are
+the calls themselves, in the fit: `check_next` and `book` of the budget (ledger and journal are in `book`) and the hook
+of the monitor, with Lightning's `log` in it. Fits without a history and with one of 50 processes, each with noise of
+its own, take turns in rounds; the figures are over all rounds. The mean tells what a fit pays; the median, what a step
+pays that writes to no disk.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_dp as ldp
+from lightning_dp.accounting import Journal, Release
+from lightning_dp.accounting import journal as journal_module
+from lightning_dp.budget import PrivacyBudget
+
+Times = dict[str, list[float]]
+
+TIMED = {
+    "budget.check_next": (PrivacyBudget, "check_next"),
+    "budget.book": (PrivacyBudget, "book"),
+    "of that, the journal": (Journal, "reserve"),
+    "of that, a write": (journal_module, "replace_file"),
+    "monitor": (ldp.PrivacyMonitor, "on_train_batch_end"),
+}
+
+
+class Sleeping(pl.LightningModule):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.net, self.seconds = nn.Linear(2, 1), seconds
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        time.sleep(self.seconds)
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class SaveFirst(pl.Callback):
+    """A checkpoint at the start."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.directory / "start.ckpt")
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - start)
+
+    return run
+
+
+def fit(steps: int, step_seconds: float, history: int, parent: Path, times: Times) -> None:
+    """Fit, and add what the calls took to ``times``."""
+    strategy = ldp.DPStrategy(noise_multiplier=5.0, target_epsilon=100.0, target_delta=1e-4, self_check=False)
+    for i in range(history):
+        row = Release(5.0 + i / 100, 0.01).as_row(100)
+        strategy._run.ledger.merge({"version": 2, "segments": {f"{i:032x}": [row]}})
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent)))
+        for name, (owner, attribute) in TIMED.items():
+            replacement = timed(getattr(owner, attribute), times.setdefault(name, []))
+            stack.enter_context(patch.object(owner, attribute, replacement))
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            strategy=strategy,
+            callbacks=[ldp.PrivacyMonitor(summary=False), ldp.PrivacyBudgetStopping(), SaveFirst(directory)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        dataset = TensorDataset(torch.randn(1000, 2))
+        trainer.fit(Sleeping(step_seconds), DataLoader(dataset, batch_size=10, shuffle=True))
+
+
+def report(name: str, times: Times, steps: int, step_seconds: float) -> None:
+    print(f"\n{name}: microseconds      median    mean   calls   mean per step")
+    for what, seconds in times.items():
+        median, mean, per_step = (
+            1e6 * value for value in (statistics.median(seconds), statistics.mean(seconds), sum(seconds) / steps)
+        )
+        print(f"{what:<28}{median:9.1f}{mean:8.1f}{len(seconds):8d}{per_step:16.1f}")
+    total = sum(sum(times[what]) for what in ("budget.check_next", "budget.book", "monitor")) / steps
+    print(f"in all {1e6 * total:.1f} microseconds a step, {total / step_seconds:.2%} of {1e3 * step_seconds:g} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--steps", type=int, default=10_000, help="of each of the two, in all rounds together")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--step-ms", type=float, default=10.0)
+    parser.add_argument("--history", type=int, default=50, help="processes in the long history")
+    parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[int, Times] = {0: {}, options.history: {}}
+    for _ in range(options.rounds):
+        for history, times in found.items():
+            fit(options.steps // options.rounds, options.step_ms / 1e3, history, options.directory, times)
+    for history, times in found.items():
+        report(f"history of {history} processes", times, options.steps, options.step_ms / 1e3)
+
+
+if __name__ == "__main__":
+    main()
