@@ -134,14 +134,15 @@ def _mechanism(report: Report) -> Iterator[str]:
             ("sampler", f"{sampler.kind}, every {mechanism.unit} by itself"),
             ("training data", _data(report)),
             ("logical batches in an epoch", f"{sampler.batches_per_epoch:,}"),
-            ("physical batch", f"at most {sampler.max_physical_batch_size:,}"),
+            ("physical batch", f"at most {sampler.max_physical_batch_size:,} {mechanism.unit}s"),
         ],
     )
 
 
 def _data(report: Report) -> str:
     sampler, unit = report.record.sampler, report.record.mechanism.unit
-    users = "" if unit == "example" else f", N = {sampler.num_units:,} {unit}s"
+    users = f", N = {sampler.num_units:,} {unit}s, {sampler.examples_per_unit} examples of each one drawn"
+    users = "" if unit == "example" else users
     return f"{'N = ' if unit == 'example' else ''}{sampler.num_examples:,} examples of a `{sampler.dataset}`{users}"
 
 

@@ -17,7 +17,7 @@ from lightning_dp.reporting.report import CrossCheck
 
 RECORD = Record(
     mechanism=MechanismRecord(1.0, "flat", 1.0, 1.0, 5.0, 0.25, 1),
-    sampler=SamplerRecord("poisson", "My|Dataset", 20, 20, 4, 5),
+    sampler=SamplerRecord("poisson", "My|Dataset", 20, 20, 1, 4, 5),
     accounting=AccountingRecord("prv", 1e-3, 3.0, None, 4, 2),
     training=None,
     private_statistics=False,
@@ -145,6 +145,8 @@ def test_users_have_no_groups():
     )
     report = make_report(record, {Release(1.0, 0.25, 10, "user"): 4}, resolve_accountant("rdp"))
     assert report.privacy.groups == ()
+    assert "adding or removing one user" in report.privacy.claim
+    assert "one example" not in report.privacy.claim
     text = as_markdown(report)
     for expected in (
         "removing one user",
