@@ -51,6 +51,7 @@ class SamplerRecord:
         dataset: The class of the dataset.
         num_examples: How many examples it has; treated as public.
         num_units: N: how many units it has; the same number if every example is a unit.
+        examples_per_unit: How many examples each unit in a logical batch gives.
         batches_per_epoch: Logical batches in an epoch.
         max_physical_batch_size: The most units that are processed at a time.
     """
@@ -59,6 +60,7 @@ class SamplerRecord:
     dataset: str
     num_examples: int
     num_units: int
+    examples_per_unit: int
     batches_per_epoch: int
     max_physical_batch_size: int
 
@@ -171,7 +173,7 @@ class Point:
     """One point of the history.
 
     Args:
-        event: ``"start"``, ``"validation"``, ``"end"`` or ``"exception"``.
+        event: ``"start"``, ``"validation"``, ``"end"``, ``"exception"`` or, last of all, ``"checkpoint"``.
         step: Optimizer steps so far.
         num_releases: Logical batches released from so far.
         epsilon: Spent so far, in nats.

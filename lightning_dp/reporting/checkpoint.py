@@ -9,6 +9,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from lightning_dp.accounting import Accountant, Journal, Ledger, resolve_accountant
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.plain import from_plain
-from lightning_dp.record import Record, Watched
+from lightning_dp.record import Point, Record, Watched
 from lightning_dp.reporting.report import AtCheckpoint, Report, make_report, spent
 
 WATCHED_KEY = "watched"
@@ -58,7 +59,7 @@ def report_of(checkpoint: Mapping[str, Any], path: Path, accountant: str | Accou
     ledger.merge(state["ledger"])
     alone = AtCheckpoint(path.name, ledger.num_releases, spent(ledger.counts, chosen, record.accounting.delta))
     Journal.read(path.parent, ledger)
-    return make_report(record, ledger.counts, chosen, _watched(checkpoint, path), alone)
+    return make_report(record, ledger.counts, chosen, _watched(checkpoint, path, alone), alone)
 
 
 def _accountant(accountant: str | Accountant, record: Record, path: Path) -> Accountant:
@@ -90,16 +91,24 @@ def _private_state(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, An
     return state
 
 
-def _watched(checkpoint: Mapping[str, Any], path: Path) -> Watched | None:
-    """What the callback saw, if its state is in the checkpoint."""
+def _watched(checkpoint: Mapping[str, Any], path: Path, alone: AtCheckpoint) -> Watched | None:
+    """What the callback saw until the checkpoint, if its state is in there."""
     for key, state in (checkpoint.get("callbacks") or {}).items():
         if str(key).partition("{")[0] == "PrivacyReport" and WATCHED_KEY in state:
-            return from_plain(Watched, state[WATCHED_KEY], f"the history in {path}")
+            watched = from_plain(Watched, state[WATCHED_KEY], f"the history in {path}")
+            return _until(watched, checkpoint["global_step"], alone)
     return None
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _until(watched: Watched, step: int, alone: AtCheckpoint) -> Watched:
+    """End the history with the checkpoint."""
+    if watched.history and watched.history[-1].num_releases == alone.num_releases:
+        return watched
+    return replace(watched, history=(*watched.history, Point("checkpoint", step, alone.num_releases, alone.epsilon)))
 
 
 def _load(path: Path) -> Mapping[str, Any]:

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.plotting import can_plot
 from lightning_dp.reporting.checkpoint import read_report
 from lightning_dp.reporting.files import check_filename, write_report
 from lightning_dp.reporting.markdown import as_markdown
@@ -41,8 +40,7 @@ def _run(checkpoint: str, output: str | None, accountant: str | None) -> None:
     check_filename(name)
     report = read_report(checkpoint, accountant)
     console = Console(width=None if sys.stdout.isatty() else 100)
-    # The name of a figure that is not written would lead nowhere, and so would the advice how to get it.
-    console.print(Markdown(as_markdown(report, name if can_plot() else None)))
+    console.print(Markdown(as_markdown(report)))
     for path in write_report(report, folder or ".", name) if output else ():
         console.print(f"Wrote {path}", highlight=False)
 

@@ -34,10 +34,11 @@ def limits_of(record: Record, watched: Watched | None) -> tuple[Limit, ...]:
         watched: What a callback saw; ``None`` if there was none.
     """
     unseen = () if watched is not None else (_UNSEEN,)
-    return (*_from_facts(record, watched or Watched()), *unseen, *_ALWAYS)
+    return (*_from_facts(record, watched), *unseen, *_ALWAYS)
 
 
-def _from_facts(record: Record, watched: Watched) -> Iterator[Limit]:
+def _from_facts(record: Record, seen: Watched | None) -> Iterator[Limit]:
+    watched = seen or Watched()
     if record.private_statistics:
         yield Limit(
             "private statistics",
@@ -48,7 +49,8 @@ def _from_facts(record: Record, watched: Watched) -> Iterator[Limit]:
     yield Limit(
         "training metrics",
         "Values that were logged while training, such as the training loss, have no noise and are not in epsilon; so "
-        "is what reacts to them. What code prints, or writes past self.log, is not seen here.",
+        f"is what reacts to them. {'' if watched.training_metrics or seen is None else _NONE_LOGGED}What code prints, "
+        "or writes past self.log, is not seen here.",
         watched.training_metrics,
     )
     yield Limit(
@@ -76,6 +78,8 @@ def _from_facts(record: Record, watched: Watched) -> Iterator[Limit]:
         (*watched.hooks, *watched.callbacks),
     )
 
+
+_NONE_LOGGED = "No name was logged by self.log. "
 
 _UNSEEN = Limit(
     "names",

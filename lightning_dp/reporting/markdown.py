@@ -14,6 +14,7 @@ from lightning_dp.reporting.report import LedgerRow, Report
 from lightning_dp.schedule import Stage
 
 _HOW_TO_PLOT = "No figure: it needs matplotlib. `pip install 'lightning-dp[plot]'`, then make the report again."
+_FACTS = ("fact", "value")
 _SELF_CHECK = {
     "passed": "passed, on {} samples",
     "off": "off (self_check=False): that examples do not influence each other was not checked",
@@ -22,12 +23,13 @@ _SELF_CHECK = {
 }
 
 
-def as_markdown(report: Report, figure: str | None = None) -> str:
+def as_markdown(report: Report, figure: str | None = "") -> str:
     """Return a report as Markdown.
 
     Args:
         report: What is shown.
-        figure: The name of the figure beside it, without suffix; ``None`` if there is none, and none can be drawn.
+        figure: The name of the figure beside it, without suffix; ``None`` if none can be drawn,
+            empty if none is asked for.
     """
     parts = [
         "# Privacy report",
@@ -78,7 +80,7 @@ def _guarantee(report: Report) -> Iterator[str]:
     if privacy.at_checkpoint is not None:
         at = privacy.at_checkpoint
         rows.append((f"known to {at.file} alone", f"epsilon {_epsilon(at.epsilon)}, {at.num_releases:,} releases"))
-    yield _table(("", ""), rows)
+    yield _table(_FACTS, rows)
     yield privacy.claim
     if privacy.groups:
         yield "For a person with several examples in the training data, at the same delta:"
@@ -119,7 +121,7 @@ def _mechanism(report: Report) -> Iterator[str]:
     mechanism, sampler = report.record.mechanism, report.record.sampler
     yield "## Mechanism"
     yield _table(
-        ("", ""),
+        _FACTS,
         [
             ("mechanism", "Gaussian noise on a clipped sum over a Poisson sample"),
             ("noise multiplier", f"{mechanism.noise_multiplier:.6g}"),
@@ -130,12 +132,18 @@ def _mechanism(report: Report) -> Iterator[str]:
             ("releases from one draw", mechanism.releases_per_draw),
             ("schedule", "; ".join(map(_stage, mechanism.schedule)) or "none: every step is alike"),
             ("sampler", f"{sampler.kind}, every {mechanism.unit} by itself"),
-            ("training examples", f"{sampler.num_examples:,} of a `{sampler.dataset}`"),
-            (f"{mechanism.unit}s (N)", f"{sampler.num_units:,}"),
+            ("training data", _data(report)),
             ("logical batches in an epoch", f"{sampler.batches_per_epoch:,}"),
-            ("physical batch", f"at most {sampler.max_physical_batch_size:,}"),
+            ("physical batch", f"at most {sampler.max_physical_batch_size:,} {mechanism.unit}s"),
         ],
     )
+
+
+def _data(report: Report) -> str:
+    sampler, unit = report.record.sampler, report.record.mechanism.unit
+    users = f", N = {sampler.num_units:,} {unit}s, {sampler.examples_per_unit} examples of each one drawn"
+    users = "" if unit == "example" else users
+    return f"{'N = ' if unit == 'example' else ''}{sampler.num_examples:,} examples of a `{sampler.dataset}`{users}"
 
 
 def _ledger(report: Report) -> Iterator[str]:
@@ -169,7 +177,7 @@ def _training(report: Report) -> Iterator[str]:
         ("per-sample gradients", {"book": "by book-keeping", "loop": "one by one"}[training.engine]),
         ("self-check", _SELF_CHECK[check.result].format(check.num_samples)),
     ]
-    yield _table(("", ""), rows)
+    yield _table(_FACTS, rows)
     yield _parameters(training)
 
 
@@ -197,7 +205,10 @@ def _history(report: Report, figure: str | None) -> Iterator[str]:
         yield _table(head, [_point(point, names) for point in points])
     else:
         yield "None was kept: the `PrivacyReport` callback keeps it, in checkpoints that hold more than weights."
-    yield _HOW_TO_PLOT if figure is None else f"![epsilon and validation metrics over steps]({figure}.png)"
+    if figure is None:
+        yield _HOW_TO_PLOT
+    elif figure:
+        yield f"![epsilon and validation metrics over steps]({figure}.png)"
 
 
 def _point(point: Point, names: Iterable[str]) -> tuple[object, ...]:

@@ -113,6 +113,7 @@ def _sampler(run: PrivateRun) -> SamplerRecord:
         dataset=type(loader.dataset).__name__,
         num_examples=len(loader.dataset),  # type: ignore[arg-type]
         num_units=loader.units.num_units,
+        examples_per_unit=loader.units.examples_per_unit,
         batches_per_epoch=len(loader),
         max_physical_batch_size=loader.max_physical_batch_size,
     )

@@ -17,6 +17,7 @@ from lightning_dp.reporting import read_report
 from tests.models import Regression, loader, trainer
 from tests.reporting.fits import agrees, fitted, recomputed, written
 from tests.strategies.test_manual import GAN, FeatureMatching, real_samples
+from tests.strategies.test_users import Mean, users
 
 
 @pytest.fixture
@@ -58,6 +59,7 @@ def test_an_ordinary_fit(figures):
         "dataset": "TensorDataset",
         "num_examples": 20,
         "num_units": 20,
+        "examples_per_unit": 1,
         "batches_per_epoch": 4,
         "max_physical_batch_size": 5,
     }
@@ -224,6 +226,11 @@ def test_private_statistics_come_first():
     assert Path("privacy_report.md").read_text().split("\n\n")[1].startswith("**Not private as it stands.**")
 
 
+def test_it_says_that_nothing_was_logged():
+    fitted()
+    assert "No name was logged by self.log." in Path("privacy_report.md").read_text()
+
+
 def test_clipped_shares_are_kept_only_if_they_are_asked_for():
     fitted()
     data = written()
@@ -248,6 +255,18 @@ def test_a_schedule():
         "batch_size_factor": 0.5,
     }
     assert data["privacy"]["epsilon"] == strategy.epsilon
+
+
+def test_users():
+    strategy = ldp.DPStrategy(noise_multiplier=2.0, target_delta=1e-3)
+    fitted(Mean(), users(m=2, batch_size=4, partition="north"), strategy)
+    data = written()
+    assert agrees(data)
+    assert (data["privacy"]["unit"], data["privacy"]["groups"]) == ("user", [])
+    sampler = data["record"]["sampler"]
+    assert (sampler["num_examples"], sampler["num_units"], sampler["examples_per_unit"]) == (13, 5, 2)
+    (row,) = data["ledger"]
+    assert (row["unit"], row["num_units"], row["partition"], row["sample_rate"]) == ("user", 5, "north", 0.4)
 
 
 def test_a_filter():

@@ -38,6 +38,8 @@ def test_epsilon_is_that_of_the_strategy(two_checkpoints):
         report = read_report(alone)
         assert report.privacy.epsilon == report.privacy.at_checkpoint.epsilon == said[step]
         assert (report.privacy.num_releases, report.privacy.at_checkpoint.file) == (step, alone.name)
+        first, last = report.watched.history
+        assert (first.event, last.event, last.step, last.epsilon) == ("start", "checkpoint", step, said[step])
 
 
 def test_journals_beside_it_count(two_checkpoints):

@@ -17,7 +17,7 @@ from lightning_dp.reporting.report import CrossCheck
 
 RECORD = Record(
     mechanism=MechanismRecord(1.0, "flat", 1.0, 1.0, 5.0, 0.25, 1),
-    sampler=SamplerRecord("poisson", "My|Dataset", 20, 20, 4, 5),
+    sampler=SamplerRecord("poisson", "My|Dataset", 20, 20, 1, 4, 5),
     accounting=AccountingRecord("prv", 1e-3, 3.0, None, 4, 2),
     training=None,
     private_statistics=False,
@@ -102,11 +102,14 @@ def test_markdown_of_what_is_missing(report):
         "None was kept",
     ):
         assert expected in text
+    assert "figure" not in text
+    assert "pip install 'lightning-dp[plot]'" in as_markdown(report, None)
+    assert "(my_report.png)" in as_markdown(report, "my_report")
 
 
 def test_tables_survive_the_names_of_users(report):
     (row,) = [line for line in as_markdown(report).splitlines() if "My" in line]
-    assert row == r"| training examples | 20 of a `My\|Dataset` |"
+    assert row == r"| training data | N = 20 examples of a `My\|Dataset` |"
 
 
 def test_the_figure_shows_the_history(report):
@@ -135,10 +138,21 @@ def test_data_sets_without_a_common_unit_cost_the_greatest_of_their_epsilons():
 
 
 def test_users_have_no_groups():
-    record = replace(RECORD, mechanism=replace(RECORD.mechanism, unit="user"))
+    record = replace(
+        RECORD,
+        mechanism=replace(RECORD.mechanism, unit="user"),
+        sampler=replace(RECORD.sampler, num_units=10),
+    )
     report = make_report(record, {Release(1.0, 0.25, 10, "user"): 4}, resolve_accountant("rdp"))
     assert report.privacy.groups == ()
+    assert "adding or removing one user" in report.privacy.claim
+    assert "one example" not in report.privacy.claim
     text = as_markdown(report)
-    for expected in ("removing one user", "| holds for | add or remove one user |", "10 users, poisson"):
+    for expected in (
+        "removing one user",
+        "| holds for | add or remove one user |",
+        "10 users, poisson",
+        "N = 10 users",
+    ):
         assert expected in text
     Draft202012Validator(schema()).validate(json.loads(as_json(report)))
