@@ -1,5 +1,6 @@
 """The command line: every configuration parses and fits a few steps."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import lightning_dp as ldp
 from lightning_dp.cli import DPLightningCLI
 from lightning_dp.strategies import DPStrategy
 
@@ -56,7 +58,8 @@ def test_defaults_are_private():
 
 def test_console_command_prints_a_configuration():
     command = [sys.executable, "-m", "lightning_dp.cli", "fit", f"--config={CONFIGS[0]}", "--print_config"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "PYTHONPATH": str(Path(ldp.__file__).parents[1])}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     strategy = yaml.safe_load(printed)["trainer"]["strategy"]
     assert strategy["class_path"] == "lightning_dp.DPStrategy"
     assert strategy["init_args"]["target_epsilon"] == 3.0
