@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 
@@ -69,3 +70,17 @@ def test_a_misspelt_argument_is_refused(capsys):
     with pytest.raises(SystemExit):
         command_line("fit", f"--config={CONFIGS[0]}", "--trainer.strategy.target_epsilonn=1")
     assert "target_epsilonn" in capsys.readouterr().err
+
+
+def test_a_trainer_with_any_arguments_of_fit_can_be_planned():
+    class Custom(pl.Trainer):
+        def fit(self, *args, **kwargs):
+            super().fit(*args, **kwargs)
+
+    cli = DPLightningCLI(
+        trainer_class=Custom,
+        args=["plan", f"--config={CONFIGS[0]}", "--trainer.max_steps=2", "--trainer.strategy.accountant=rdp", *QUIET],
+    )
+    assert isinstance(cli.trainer, Custom)
+    assert cli.config.plan.plot is None
+    assert cli.trainer.strategy.num_releases == 0
