@@ -159,8 +159,7 @@ class PrivacyBudget:
         """
         self.check_next(step)
         release = self._schedule.at(self.step).release
-        block = max(1, self._ledger.num_releases // 100)  # what a crash may count too much: 1 %
-        self._journal.reserve(self._ledger, release, block=block, cap=self.releases_left)
+        self._journal.reserve(self._ledger, release, cap=self.releases_left)
         self._ledger.book(release)
 
     def _histories(self, num_steps: int) -> Histories:

@@ -23,7 +23,8 @@ def print_summary(strategy: DPStrategy, metrics: Mapping[str, float] | None = No
         strategy: The strategy of the fit.
         metrics: Further rows, such as test metrics.
     """
-    table = Table(title="Privacy summary", show_header=False, title_justify="left")
+    table = Table(title="Privacy summary", show_header=False, title_justify="left", caption_justify="left")
+    table.caption = strategy.claim
     for name, value in {**_rows(strategy), **{name: f"{value:.4f}" for name, value in (metrics or {}).items()}}.items():
         table.add_row(name, value, style="bold" if name.startswith("epsilon") else None)
     Console().print(table)

@@ -12,17 +12,20 @@ from collections.abc import Sequence
 from lightning_dp.accounting.base import Accountant
 from lightning_dp.accounting.phases import Phase, merge_phases
 
-_ALWAYS = "for adding or removing one example, if every logical batch was a fresh Poisson sample"
+_ALWAYS = "for adding or removing one {unit}, if every logical batch was a fresh Poisson sample"
 _KINDS = " and the noise and sample rate of every release were fixed before the first one, not chosen by results"
 
 
-def claim(phases: Sequence[Phase], accountant: Accountant, *, target_epsilon: float | None = None) -> str:
+def claim(
+    phases: Sequence[Phase], accountant: Accountant, *, target_epsilon: float | None = None, unit: str = "example"
+) -> str:
     """What the epsilon of some releases says, and what it takes for granted.
 
     Args:
         phases: The releases made.
         accountant: Who accounted for them.
         target_epsilon: What they were never allowed to exceed, in nats; ``None`` for no limit.
+        unit: What is added or removed.
 
     Returns:
         A sentence for people, or two.
@@ -32,10 +35,10 @@ def claim(phases: Sequence[Phase], accountant: Accountant, *, target_epsilon: fl
         return "Nothing was released, so epsilon is 0."
     if any(phase.noise_multiplier == 0 for phase in merged):
         return "Something was released without noise, so there is no guarantee."
-    kinds = _KINDS if len(merged) > 1 else ""
+    always, kinds = _ALWAYS.format(unit=unit), _KINDS if len(merged) > 1 else ""
     if target_epsilon is None:
-        return f"Epsilon and delta hold {_ALWAYS}{kinds}, and if results did not decide when to stop."
-    target = f"The target epsilon {target_epsilon:g} and delta hold {_ALWAYS}"
+        return f"Epsilon and delta hold {always}{kinds}, and if results did not decide when to stop."
+    target = f"The target epsilon {target_epsilon:g} and delta hold {always}"
     if accountant.adaptive:
         return (
             f"{target}, whatever results the noise, the sample rate and the end of the run were chosen by. The smaller "

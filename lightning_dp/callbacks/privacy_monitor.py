@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_dp.callbacks.strategy import private_strategy
 from lightning_dp.summary import print_summary
+
+_REFRESH = 0.25  # seconds
 
 
 class PrivacyMonitor(pl.Callback):
@@ -26,17 +29,25 @@ class PrivacyMonitor(pl.Callback):
     def __init__(self, summary: bool = True) -> None:
         super().__init__()
         self.summary = summary
+        self._logged = 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what is spent and what is left."""
+        """Log what is spent and what is left, if somebody is going to look.
+
+        A value takes a millisecond of Lightning's to log, so this is done when a logger is due, and else a few times a
+        second, for the progress bar: Lightning keeps the last value.
+        """
+        now, due = time.monotonic(), trainer._logger_connector.should_update_logs or batch_idx == 0
+        if not due and now - self._logged < _REFRESH:
+            return
+        self._logged = now
         strategy = private_strategy(trainer, self)
         budget = strategy.budget
         pl_module.log("privacy/epsilon", budget.epsilon_at_most, on_step=True, prog_bar=True, batch_size=1)
         if budget.releases_left is not None:
             pl_module.log("privacy/steps_left", float(budget.releases_left), on_step=True, prog_bar=True, batch_size=1)
-
         for name, value in (strategy.private_statistics or {}).items():
             pl_module.log(f"private/{name}", value, on_step=True, batch_size=1)
 

@@ -195,7 +195,7 @@ def _privacy(
         steps_left=_steps_left(record, counts),
         accountant=AccountantUsed(accountant.name, _library_of(record, accountant)),
         cross_check=_cross_check(counts, asked.delta),
-        claim=claim(phases, accountant).replace("one example", f"one {unit}"),  # accountants know no units
+        claim=claim(phases, accountant, target_epsilon=asked.target_epsilon, unit=unit),
         # Of all phases together: the examples of one person may lie in several partitions.
         groups=group_privacy(phases, asked.delta) if unit == "example" else (),
         at_checkpoint=at_checkpoint,

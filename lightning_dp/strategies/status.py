@@ -5,7 +5,7 @@ Owns: the properties. Does not own: what they tell (``run``).
 
 from __future__ import annotations
 
-from lightning_dp.accounting import Release
+from lightning_dp.accounting import Release, claim
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.record import Record
 from lightning_dp.strategies.run import PrivateRun
@@ -56,6 +56,14 @@ class PrivacyStatus:
         They are NOT private: they depend on single examples, without noise.
         """
         return self._run.statistics.values() if self._run.statistics else None
+
+    @property
+    def claim(self) -> str:
+        """What `epsilon` says, and what it takes for granted: a sentence or two, to be shown beside it."""
+        run = self._run
+        unit = run.mechanism.unit if run.mechanism else "example"
+        target = run.settings.target_epsilon
+        return claim(run.ledger.phases, run.budget.accountant, target_epsilon=target, unit=unit)
 
     def record(self) -> Record | None:
         """Return the facts about this run, for reports; ``None`` before it has seen its training data."""

@@ -1,6 +1,7 @@
 """What the monitor logs and prints."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,3 +133,48 @@ def test_statistics_of_odd_batches():
     statistics.begin(1.0)
     statistics.add_norms(torch.tensor([float("nan")]))
     assert statistics.values() == {"clipped_share": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"noise_multiplier": 2.0}, "if results did not decide when to stop"),
+        ({"target_epsilon": 3.0}, "The target epsilon 3 and delta hold for adding or removing one example"),
+        (
+            {"target_epsilon": 3.0, "accountant": "rdp_filter"},
+            "whatever results the noise, the sample rate and the end",
+        ),
+        ({"noise_multiplier": 0.0}, "there is no guarantee"),
+    ],
+)
+def test_the_claim_is_beside_epsilon(settings, words, capsys):
+    strategy = ldp.DPStrategy(**settings)
+    fit = trainer(strategy, max_steps=2, callbacks=[ldp.PrivacyMonitor()])
+    fit.fit(Regression(), loader())
+    assert words in strategy.claim
+    assert words.split(",")[0] in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_a_logger_gets_is_of_its_own_step(tmp_path):
+    log = CSVLogger(tmp_path)
+    dp = ldp.DPStrategy(noise_multiplier=2.0, target_epsilon=50.0, target_delta=1e-3)
+    run = trainer(dp, max_steps=12, logger=log, log_every_n_steps=3, callbacks=[ldp.PrivacyMonitor(summary=False)])
+    run.fit(Regression(), loader())
+    most = ldp.max_steps(target_epsilon=50.0, target_delta=1e-3, noise_multiplier=2.0, sample_rate=0.25)
+    assert [float(row["privacy/steps_left"]) for row in read(log)] == [most - n for n in (3, 6, 9, 12)]
+
+
+def test_it_logs_a_few_times_a_second_if_no_logger_asks(monkeypatch):
+    """Steps of 10 ms on a clock that the test turns: every 25th is shown, and the first of an epoch."""
+    shown, clock = [], iter(range(1000))
+    turned = SimpleNamespace(monotonic=lambda: 100 + 0.01 * next(clock))
+    monkeypatch.setattr("lightning_dp.callbacks.privacy_monitor.time", turned)
+
+    class Notes(Regression):
+        def log(self, name, *args, **kwargs):
+            shown.append(self.trainer.global_step)
+            super().log(name, *args, **kwargs)
+
+    monitor = ldp.PrivacyMonitor(summary=False)
+    trainer(max_steps=80, log_every_n_steps=1000, callbacks=[monitor]).fit(Notes(), loader(n=400))
+    assert shown == [1, 26, 51, 76]

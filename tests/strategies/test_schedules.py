@@ -266,6 +266,7 @@ def test_the_summary_and_the_first_line_tell_of_the_stages(capsys, caplog):
         trainer(dp, max_steps=12, callbacks=[ldp.PrivacyMonitor()]).fit(Regression(), loader())
     assert "for 12 steps at sample rate 0.25, both varied in 3 stages." in caplog.text
     shown, base = capsys.readouterr().out, dp._run.schedule.base.noise_multiplier
+    assert "the noise and sample rate of every release were fixed before the first one" in " ".join(shown.split())
     for line in (f"3 × {2 * base:.4g} at 0.25", f"4 × {base:.4g} at 0.125", f"5 × {base / 2:.4g} at 0.5"):
         assert line in shown
 
