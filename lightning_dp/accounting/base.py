@@ -44,7 +44,7 @@ class Accountant(ABC):
     adaptive: bool = False
     """Whether noise and rate of a release may depend on all results before it, up to a target fixed beforehand."""
 
-    most_kinds: int = 32
+    most_kinds: int = 256
     """How many distinct pairs of noise and rate are accounted for one by one."""
 
     def for_target(self, target_epsilon: float, delta: float) -> "Accountant":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_dp.accounting.base import Accountant, coarsened
+from lightning_dp.accounting.base import Accountant
 from lightning_dp.accounting.fallback import NumericsError, log_once
 from lightning_dp.accounting.gaussian import is_full
 from lightning_dp.accounting.phases import Phase, check_delta, merge_phases
@@ -91,7 +91,6 @@ class CrossChecked(Accountant):
         merged = tuple(sorted(merge_phases(phases), key=lambda phase: phase.kind))
         if not self.checked or not 0 < first < math.inf or all(map(is_full, merged)):
             return None
-        merged = coarsened(merged, self.most_kinds)
         second = _resolved(merged, delta, _COARSE)
         if second is not None and second > first:
             second = _resolved(merged, delta, FINE)

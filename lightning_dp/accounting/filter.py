@@ -17,7 +17,7 @@ import numpy as np
 
 from lightning_dp.accounting.base import Accountant, coarsened
 from lightning_dp.accounting.phases import Phase, check_delta, check_target_epsilon, merge_phases
-from lightning_dp.accounting.rdp import ORDERS, RDPAccountant, composed_divergences, conversion
+from lightning_dp.accounting.rdp import ORDERS, composed_divergences, conversion
 from lightning_dp.errors import PrivacyConfigurationError
 
 
@@ -38,7 +38,6 @@ class RDPFilter(Accountant):
     """
 
     name = "rdp_filter"
-    most_kinds = RDPAccountant.most_kinds
     adaptive = True
 
     def __init__(self, order: float | None = None) -> None:

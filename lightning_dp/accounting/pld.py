@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from lightning_dp.accounting.base import Accountant
+from lightning_dp.accounting.base import Accountant, coarsened
 from lightning_dp.accounting.fallback import Engine, NumericsError, least_epsilon
 from lightning_dp.accounting.gaussian import full_batch_epsilon, full_batch_noise, is_full
 from lightning_dp.accounting.phases import Kind, Phase
@@ -28,6 +28,8 @@ from lightning_dp.errors import PrivacyConfigurationError
 FINE = 20.0
 # Of all single releases together, and of their composition; what would need more gets a coarser grid.
 _MOST_SINGLE_POINTS, _MOST_POINTS = 2.0**18, 2.0**20
+# More kinds of release than these are accounted for as fewer: each takes a grid.
+_MOST_KINDS = 32
 # Below this the library's double precision shows.
 _LEAST_DELTA = 1e-12
 # Rounding in the Fourier transform grows into delta by so much per release and machine epsilon; measured: below 1.
@@ -63,6 +65,7 @@ class PLDAccountant(Accountant):
         delta below 1e-12                   Renyi
         delta below what floats resolve     Renyi
         more grid points than are allowed   a coarser grid, still an upper bound
+        more than 32 noises and rates       of 32 at most, see :func:`coarsened`
         =================================== ====================================
 
     Raises:
@@ -119,7 +122,7 @@ def composed_epsilon(phases: tuple[Phase, ...], delta: float, fineness: float) -
     Raises:
         NumericsError: If it cannot be had.
     """
-    phases = _without_full_batches(phases)
+    phases = _without_full_batches(coarsened(phases, _MOST_KINDS))
     count = sum(phase.num_releases for phase in phases)
     rounding = _ROUNDING * count * float(np.finfo(np.float64).eps)
     _require(delta >= _LEAST_DELTA, "delta is too small for double precision", f"{delta:.3g}")

@@ -38,7 +38,6 @@ class RDPAccountant(Accountant):
     """
 
     name = "rdp"
-    most_kinds = 256
 
     def _epsilon(self, phases: tuple[Phase, ...], delta: float) -> float:
         divergences = composed_divergences(phases)

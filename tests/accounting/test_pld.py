@@ -9,6 +9,7 @@ import pytest
 
 from lightning_dp.accounting import Phase, PLDAccountant, RDPAccountant, resolve_accountant
 from lightning_dp.accounting import pld as module
+from lightning_dp.accounting.base import coarsened
 from lightning_dp.accounting.fallback import NumericsError
 from lightning_dp.errors import PrivacyConfigurationError
 
@@ -36,6 +37,13 @@ def test_mixed_phases():
     assert epsilon(phases, 1e-5) == epsilon(phases[::-1], 1e-5) == pytest.approx(3.4411, rel=2e-3)
     with_full = [(0.01, 1.0, 1000), (1.0, 20.0, 5), (1.0, 30.0, 5)]
     assert epsilon(with_full, 1e-5) == pytest.approx(oracles.pld_epsilon(with_full, 1e-5), rel=2e-3)
+
+
+def test_many_kinds_are_accounted_for_as_fewer():
+    phases = tuple(Phase(float(noise), 0.01, 50) for noise in np.geomspace(1, 2, 40))
+    few, less_noise = module.composed_epsilon(phases, 1e-5, 5.0)[0], (Phase(1.0, 0.01, 2000),)
+    assert module.composed_epsilon(coarsened(phases, 32), 1e-5, 5.0)[0] == few
+    assert few < RDPAccountant().epsilon(phases, 1e-5) < module.composed_epsilon(less_noise, 1e-5, 5.0)[0]
 
 
 def test_full_batches_by_the_closed_form():

@@ -119,6 +119,7 @@ NOT_BY_THE_NUMBERS = [
     ([(0.1, 1e-3, 10)], 1e-5, "too little noise for a grid"),
     ([(0.5, 0.05, 1000)], 1e-5, "privacy losses too large for a grid"),
     ([(0.01, 1.0, 900_000)], 1e-12, "delta drowns in rounding"),
+    ([(0.01, 1 + k / 100, 10) for k in range(33)], 1e-5, "too many distinct kinds of release"),
     ([(1e-5, 0.5, 10**6)], 1e-9, "keeping the mean would shift the losses off the grid"),
 ]
 
