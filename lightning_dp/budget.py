@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 from lightning_dp.accounting import (
     Accountant,
@@ -117,8 +118,17 @@ class PrivacyBudget:
 
     def epsilon_after(self, num_steps: int) -> float:
         """Return what all releases so far and ``num_steps`` more will have spent."""
-        more = self._schedule.releases(self.step, num_steps)
-        return greatest_epsilon(self.accountant, self._ledger.histories(more), self.delta)
+        return self.forecaster()(num_steps)
+
+    def forecaster(self) -> Callable[[int], float]:
+        """Return `epsilon_after` as it is now: what is released later does not change it."""
+        made, step, schedule = Counter(self._ledger.counts), self.step, self._schedule
+
+        def epsilon_after(num_steps: int) -> float:
+            releases = made + Counter(schedule.releases(step, num_steps))
+            return greatest_epsilon(self.accountant, histories(releases), self.delta)
+
+        return epsilon_after
 
     def check_next(self, step: int | None = None) -> None:
         """Raise if the next release would exceed the target.

@@ -88,7 +88,6 @@ class DPLightningCLI(LightningCLI):
 def _with_plan(trainer_class: Any) -> type:
     """Return a subclass of the trainer's class with a method ``plan`` that has the arguments of ``fit``."""
     base = trainer_class if isinstance(trainer_class, type) else class_from_function(trainer_class)
-
     fit = base.fit  # type: ignore[attr-defined]
 
     @functools.wraps(fit)
@@ -96,12 +95,16 @@ def _with_plan(trainer_class: Any) -> type:
         return plan(*args, **kwargs)
 
     described.__doc__ = _DESCRIPTION + (fit.__doc__ or "").partition("\n")[2].replace("Args:\n", _PLOT_ARGUMENT, 1)
-    signature = inspect.signature(fit)
-    plot = inspect.Parameter("plot", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
-    described.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), plot]
-    )
+    described.__signature__ = _with_plot(inspect.signature(fit))  # type: ignore[attr-defined]
     return type(base.__name__, (base,), {"plan": described})
+
+
+def _with_plot(signature: inspect.Signature) -> inspect.Signature:
+    """Return a signature with a further argument ``plot``, before ``**kwargs`` if there are any."""
+    parameters = list(signature.parameters.values())
+    at = sum(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    plot = inspect.Parameter("plot", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
+    return signature.replace(parameters=[*parameters[:at], plot, *parameters[at:]])
 
 
 def run_lightning(commands: str = "") -> None:

@@ -1,12 +1,15 @@
 """The command line: every configuration parses and fits a few steps."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 
+import lightning_dp as ldp
 from lightning_dp.cli import DPLightningCLI
 from lightning_dp.strategies import DPStrategy
 
@@ -56,7 +59,8 @@ def test_defaults_are_private():
 
 def test_console_command_prints_a_configuration():
     command = [sys.executable, "-m", "lightning_dp.cli", "fit", f"--config={CONFIGS[0]}", "--print_config"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "PYTHONPATH": str(Path(ldp.__file__).parents[1])}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     strategy = yaml.safe_load(printed)["trainer"]["strategy"]
     assert strategy["class_path"] == "lightning_dp.DPStrategy"
     assert strategy["init_args"]["target_epsilon"] == 3.0
@@ -66,3 +70,17 @@ def test_a_misspelt_argument_is_refused(capsys):
     with pytest.raises(SystemExit):
         command_line("fit", f"--config={CONFIGS[0]}", "--trainer.strategy.target_epsilonn=1")
     assert "target_epsilonn" in capsys.readouterr().err
+
+
+def test_a_trainer_with_any_arguments_of_fit_can_be_planned():
+    class Custom(pl.Trainer):
+        def fit(self, *args, **kwargs):
+            super().fit(*args, **kwargs)
+
+    cli = DPLightningCLI(
+        trainer_class=Custom,
+        args=["plan", f"--config={CONFIGS[0]}", "--trainer.max_steps=2", "--trainer.strategy.accountant=rdp", *QUIET],
+    )
+    assert isinstance(cli.trainer, Custom)
+    assert cli.config.plan.plot is None
+    assert cli.trainer.strategy.num_releases == 0

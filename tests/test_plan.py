@@ -27,7 +27,13 @@ from tests.test_cli import command_line
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
 CSV = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=."]
-CPU = [*CSV, "--trainer.accelerator=cpu", "--trainer.max_steps=3", "--trainer.strategy.noise_multiplier=1.0"]
+CPU = [
+    *CSV,
+    "--seed_everything=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=3",
+    "--trainer.strategy.noise_multiplier=1.0",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -698,7 +704,7 @@ def test_the_budget_is_drawn(tmp_path):
 
 def test_the_budget_is_drawn_by_the_command(tmp_path):
     path = tmp_path.parent / f"{tmp_path.name}.png"
-    command_line("plan", "--model=tests.test_plan.WithData", *CPU, "--seed_everything=1", f"--plot={path}")
+    command_line("plan", "--model=tests.test_plan.WithData", *CPU, f"--plot={path}")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -6,7 +6,7 @@ sampling or the decision to stop; nothing here knows PyTorch or Lightning.
 The guarantee accounted for is ``P[M(D) in S] <= e^epsilon P[M(D') in S] + delta`` (Dwork et al. 2006) for data sets
 that differ by one unit: an example, or a user. Reading order: ``phases``, ``releases``, ``base``, ``rdp``, ``losses``,
 ``prv``, ``pld``, ``fallback``, ``filter``, ``cross_check``, ``claims``, ``calibration``, ``curve``, ``ledger``,
-``journal``.
+``journal``, ``reservation``, ``exact_count``, ``recovery``.
 """
 
 from lightning_dp.accounting.accountants import resolve_accountant

@@ -15,6 +15,9 @@ from scipy.special import erf
 
 from lightning_dp.accounting.phases import Phase, check_delta, check_target_epsilon, merge_phases
 
+# Of the logarithms of noise and rate, where there are too many kinds: from 0.1 % to everything at once.
+_STEPS = tuple(2.0**power for power in range(-10, 7))
+
 
 class Accountant(ABC):
     """An upper bound on epsilon for composed releases of the Poisson-sampled Gaussian mechanism.
@@ -25,13 +28,14 @@ class Accountant(ABC):
         clipping are as the phases say, (3) noise, rate and number of releases do not depend on what was released,
         unless the accountant is ``adaptive``.
 
-        ============================== =========
+        ============================== ==========================================================================
         case                           epsilon
-        ============================== =========
+        ============================== ==========================================================================
         no release                     0
         any release with noise 0       ``inf``
         total variation below delta    0, unless ``adaptive``
-        ============================== =========
+        more kinds than ``most_kinds`` of fewer, with less noise and larger rates: see :func:`coarsened`
+        ============================== ==========================================================================
     """
 
     name: str
@@ -39,6 +43,9 @@ class Accountant(ABC):
 
     adaptive: bool = False
     """Whether noise and rate of a release may depend on all results before it, up to a target fixed beforehand."""
+
+    most_kinds: int = 32
+    """How many distinct pairs of noise and rate are accounted for one by one."""
 
     def for_target(self, target_epsilon: float, delta: float) -> "Accountant":
         """The accountant to use with a target; this one, unless it has something to fix beforehand.
@@ -77,11 +84,44 @@ class Accountant(ABC):
         # Not for an adaptive one: a filter watches one quantity, whichever way the run goes.
         if not merged or (not self.adaptive and _total_variation(merged) <= delta):
             return 0.0
-        return max(0.0, self._epsilon(merged, delta))
+        return max(0.0, self._epsilon(coarsened(merged, self.most_kinds), delta))
 
     @abstractmethod
     def _epsilon(self, phases: tuple[Phase, ...], delta: float) -> float:
         """The bound itself; the phases are distinct, sorted, not empty and all noisy."""
+
+
+def coarsened(phases: Sequence[Phase], most: int) -> tuple[Phase, ...]:
+    """Noisy releases that are at least as informative, of so many kinds at most.
+
+    Less noise is more informative, since noise can be added; so is a larger rate, since ``M`` of the smaller one is a
+    mixture of ``N`` and ``M`` of the larger. Both are rounded on a grid of logarithms, the finest that leaves so few
+    kinds. Each grid is twice as coarse as the next and has the same points, so a run that goes on finds them again.
+
+    Args:
+        phases: Distinct, sorted, noisy.
+        most: At least 1.
+
+    Returns:
+        The phases themselves if they are no more, else new ones; sorted.
+    """
+    if len(phases) <= most:
+        return tuple(phases)
+    noise, rate = min(phase.noise_multiplier for phase in phases), max(phase.sample_rate for phase in phases)
+    for step in _STEPS:
+        fewer = merge_phases(_rounded(phase, step, noise, rate) for phase in phases)
+        if len(fewer) <= most:
+            return tuple(sorted(fewer, key=lambda phase: phase.kind))
+    return (Phase(noise, rate, sum(phase.num_releases for phase in phases)),)
+
+
+def _rounded(phase: Phase, step: float, least_noise: float, most_rate: float) -> Phase:
+    """A phase with noise and rate at multiples of the step, as logarithms, but never beyond the given ones."""
+    noise = math.exp(step * math.floor(math.log(phase.noise_multiplier) / step))
+    rate = math.exp(step * math.ceil(math.log(phase.sample_rate) / step))
+    # The rounding of floats must not make either better than it is.
+    noise, rate = min(phase.noise_multiplier, noise), max(phase.sample_rate, rate)
+    return Phase(max(least_noise, noise), min(most_rate, rate), phase.num_releases)
 
 
 def _total_variation(phases: Sequence[Phase]) -> float:

@@ -13,34 +13,35 @@ from lightning_dp.accounting.base import Accountant
 from lightning_dp.accounting.phases import Phase, merge_phases
 
 _ALWAYS = "for adding or removing one example, if every logical batch was a fresh Poisson sample"
+_KINDS = " and the noise and sample rate of every release were fixed before the first one, not chosen by results"
 
 
-def claim(phases: Sequence[Phase], accountant: Accountant) -> str:
+def claim(phases: Sequence[Phase], accountant: Accountant, *, target_epsilon: float | None = None) -> str:
     """What the epsilon of some releases says, and what it takes for granted.
 
     Args:
         phases: The releases made.
         accountant: Who accounted for them.
+        target_epsilon: What they were never allowed to exceed, in nats; ``None`` for no limit.
 
     Returns:
-        One sentence for people.
+        A sentence for people, or two.
     """
     merged = merge_phases(phases)
     if not merged:
         return "Nothing was released, so epsilon is 0."
     if any(phase.noise_multiplier == 0 for phase in merged):
         return "Something was released without noise, so there is no guarantee."
+    kinds = _KINDS if len(merged) > 1 else ""
+    if target_epsilon is None:
+        return f"Epsilon and delta hold {_ALWAYS}{kinds}, and if results did not decide when to stop."
+    target = f"The target epsilon {target_epsilon:g} and delta hold {_ALWAYS}"
     if accountant.adaptive:
         return (
-            f"The target epsilon and delta hold {_ALWAYS}, whatever results noise, sample rate and end of the run were "
-            "chosen by; the smaller epsilon so far is what of the target is used up."
-        )
-    if len(merged) > 1:
-        return (
-            f"Epsilon and delta hold {_ALWAYS}, and if the {len(merged)} pairs of noise and sample rate and their "
-            "numbers of releases were all fixed before the first release and not chosen by results."
+            f"{target}, whatever results the noise, the sample rate and the end of the run were chosen by. The smaller "
+            "epsilon so far is what of the target is used up."
         )
     return (
-        f"The target epsilon and delta hold {_ALWAYS}, even if results decided to stop early; the smaller epsilon so "
-        "far is the count at this point, and a guarantee of its own only if the number of releases was fixed before."
+        f"{target}{kinds}, even if results decided to stop early. The smaller epsilon so far is a guarantee of its own "
+        "only if results did not decide when to stop."
     )

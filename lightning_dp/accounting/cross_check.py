@@ -12,14 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_dp.accounting.base import Accountant
-from lightning_dp.accounting.fallback import NumericsError
+from lightning_dp.accounting.base import Accountant, coarsened
+from lightning_dp.accounting.fallback import NumericsError, log_once
 from lightning_dp.accounting.gaussian import is_full
 from lightning_dp.accounting.phases import Phase, check_delta, merge_phases
 from lightning_dp.accounting.pld import FINE, PLDAccountant, composed_epsilon, dp_accounting_installed
 from lightning_dp.accounting.prv import PRVAccountant
-
-logger = logging.getLogger("lightning_dp")
 
 # The first look is on a grid so coarse, within about 0.2 %; a fine one is only needed if that exceeds the first bound.
 _COARSE = 10.0
@@ -27,7 +25,6 @@ _COARSE = 10.0
 _LEAST_FINENESS = 4.0
 # What the fine grid may be above the truth, and so above the other bound, for no other reason: relative, absolute.
 _TOLERANCE, _ABSOLUTE_TOLERANCE = 5e-3, 1e-4
-_UNCHECKED = 'The accountant "prv" is not checked by a second one: %s.'
 
 
 class CrossChecked(Accountant):
@@ -45,10 +42,10 @@ class CrossChecked(Accountant):
 
     def __init__(self, accountant: Accountant) -> None:
         self._accountant = accountant
-        self.name, self.adaptive = accountant.name, accountant.adaptive
+        self.name, self.adaptive, self.most_kinds = accountant.name, accountant.adaptive, accountant.most_kinds
         self.checked = isinstance(accountant, PRVAccountant) and dp_accounting_installed()
         if isinstance(accountant, PRVAccountant) and not self.checked:
-            logger.info(_UNCHECKED, 'dp-accounting is not installed (`pip install "lightning-dp[pld]"`)')
+            _say_unchecked('dp-accounting is not installed (`pip install "lightning-dp[pld]"`)')
 
     def for_target(self, target_epsilon: float, delta: float) -> "CrossChecked":
         """The same check of the accountant for that target."""
@@ -92,14 +89,16 @@ class CrossChecked(Accountant):
     def _second(self, phases: Sequence[Phase], delta: float, first: float) -> float | None:
         """The second epsilon, on no finer grid than it takes to see that the first is not below it."""
         merged = tuple(sorted(merge_phases(phases), key=lambda phase: phase.kind))
-        noiseless = any(phase.noise_multiplier == 0 for phase in merged)
-        if not self.checked or noiseless or first == 0 or all(map(is_full, merged)):
+        if not self.checked or not 0 < first < math.inf or all(map(is_full, merged)):
             return None
+        merged = coarsened(merged, self.most_kinds)
         second = _resolved(merged, delta, _COARSE)
         if second is not None and second > first:
             second = _resolved(merged, delta, FINE)
         if second is not None and _disagree(first, second):
-            logger.warning(
+            log_once(
+                logging.WARNING,
+                ("disagree", merged, delta),
                 'Two accountants disagree on epsilon at delta %g: "prv" says %.6g and "pld" %.6g, more than their '
                 "grids explain. The larger one counts. Please report these releases: %s",
                 delta,
@@ -133,9 +132,13 @@ def _resolved(phases: tuple[Phase, ...], delta: float, fineness: float) -> float
         with np.errstate(all="ignore"):
             epsilon, had = composed_epsilon(phases, delta, fineness)
     except (NumericsError, ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
-        logger.info(_UNCHECKED, error)
+        _say_unchecked(str(error))
         return None
     if had < _LEAST_FINENESS:
-        logger.info(_UNCHECKED, f"only a coarse grid could be had, {had:.2g} points a standard deviation")
+        _say_unchecked("only a coarse grid could be had")
         return None
     return epsilon
+
+
+def _say_unchecked(reason: str) -> None:
+    log_once(logging.INFO, ("unchecked", reason), 'The accountant "prv" is not checked by a second one: %s.', reason)

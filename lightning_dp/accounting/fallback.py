@@ -16,8 +16,8 @@ from lightning_dp.accounting.rdp import RDPAccountant
 
 logger = logging.getLogger("lightning_dp")
 
-# Ways of failing that were said already: a search would say each a dozen times.
-_said: set[tuple[str, str, str]] = set()
+# What was said already: a search would say it a dozen times.
+_said: set[tuple[object, ...]] = set()
 
 
 class NumericsError(RuntimeError):
@@ -60,21 +60,36 @@ def least_epsilon(phases: tuple[Phase, ...], delta: float, engines: Sequence[Eng
         except (NumericsError, ArithmeticError, AssertionError, MemoryError, RuntimeError, ValueError) as error:
             failures.append((engine.name, error))
             continue
-        _say(failures, engine.name)
+        answered = engine.name if value < renyi else RDPAccountant.name
+        _say(failures, answered)
         return min(renyi, value)
     _say(failures, RDPAccountant.name)
     return renyi
 
 
+def log_once(level: int, what: tuple[object, ...], message: str, *arguments: object) -> None:
+    """Write a line to the log of ``lightning_dp``, the first time in this process that this is what it is about.
+
+    Args:
+        level: Of ``logging``.
+        what: Tells lines apart.
+        message: With placeholders.
+        arguments: For the placeholders.
+    """
+    if what not in _said:
+        _said.add(what)
+        logger.log(level, message, *arguments)
+
+
 def _say(failures: Sequence[tuple[str, Exception]], answered: str) -> None:
     """One line for each engine that failed, the first time that it fails so."""
     for name, error in failures:
-        way = (name, error.reason if isinstance(error, NumericsError) else type(error).__name__, answered)
-        if way not in _said:
-            _said.add(way)
-            logger.warning(
-                'The accountant "%s" gave way to "%s", whose epsilon is an upper bound too: %s. Said once.',
-                name,
-                answered,
-                error,
-            )
+        reason = error.reason if isinstance(error, NumericsError) else type(error).__name__
+        log_once(
+            logging.WARNING,
+            ("fallback", name, reason, answered),
+            'The accountant "%s" gave way to "%s", whose epsilon is an upper bound too: %s. This is said once.',
+            name,
+            answered,
+            error,
+        )

@@ -15,9 +15,9 @@ from numbers import Real
 
 import numpy as np
 
-from lightning_dp.accounting.base import Accountant
+from lightning_dp.accounting.base import Accountant, coarsened
 from lightning_dp.accounting.phases import Phase, check_delta, check_target_epsilon, merge_phases
-from lightning_dp.accounting.rdp import ORDERS, composed_divergences, conversion
+from lightning_dp.accounting.rdp import ORDERS, RDPAccountant, composed_divergences, conversion
 from lightning_dp.errors import PrivacyConfigurationError
 
 
@@ -38,6 +38,7 @@ class RDPFilter(Accountant):
     """
 
     name = "rdp_filter"
+    most_kinds = RDPAccountant.most_kinds
     adaptive = True
 
     def __init__(self, order: float | None = None) -> None:
@@ -88,7 +89,7 @@ class RDPFilter(Accountant):
             raise PrivacyConfigurationError(
                 f"phases={tuple(phases)!r}: expected releases, all with noise, to plan for."
             )
-        costs = composed_divergences(planned) + conversion(check_delta("delta", delta))
+        costs = composed_divergences(coarsened(planned, cls.most_kinds)) + conversion(check_delta("delta", delta))
         return cls(float(ORDERS[np.argmin(costs)]))
 
     def _epsilon(self, phases: tuple[Phase, ...], delta: float) -> float:

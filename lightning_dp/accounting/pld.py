@@ -27,7 +27,7 @@ from lightning_dp.errors import PrivacyConfigurationError
 # Grid points for one standard deviation of a release's loss; the bound is then at most about 0.1 % above the truth.
 FINE = 20.0
 # Of all single releases together, and of their composition; what would need more gets a coarser grid.
-_MOST_SINGLE_POINTS, _MOST_POINTS = 2.0**19, 2.0**20
+_MOST_SINGLE_POINTS, _MOST_POINTS = 2.0**18, 2.0**20
 # Below this the library's double precision shows.
 _LEAST_DELTA = 1e-12
 # Rounding in the Fourier transform grows into delta by so much per release and machine epsilon; measured: below 1.

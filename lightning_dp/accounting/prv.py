@@ -31,8 +31,7 @@ from lightning_dp.accounting.rdp import RDPAccountant, loss_tail
 # Error aimed at relative to epsilon, and on the first, coarse grid; larger where that would need too many points.
 _RELATIVE_ERROR, _COARSE_ERROR = 0.004, 0.02
 _MOST_POINTS = 2**21
-# More kinds of release, wider losses and less noise than these are left to the Renyi accountant.
-_MOST_KINDS = 32
+# Wider losses and less noise than these are left to other accountants.
 _WIDEST = 600.0
 _LEAST_NOISE = 0.02
 # Rounding in the Fourier transform grows into delta by so much per release and machine epsilon; measured: below 0.7.
@@ -57,7 +56,6 @@ class PRVAccountant(Accountant):
         all rates 1                             exact closed form
         noise below 0.02, epsilon above ~300    another
         delta below what floats resolve         another
-        more than 32 distinct noises and rates  another
         ======================================= ==========================
     """
 
@@ -101,7 +99,6 @@ def _bucket(count: int) -> int:
 @lru_cache(maxsize=4)
 def _engines(buckets: tuple[tuple[Kind, int], ...], delta: float) -> tuple["_Engine", ...]:
     """The discretised losses for both directions, for up to so many releases of each kind."""
-    _require(len(buckets) <= _MOST_KINDS, "too many distinct kinds of release", f"{len(buckets)}")
     phases = [Phase(*kind, most) for kind, most in buckets]
     phases = [Phase(phase.noise_multiplier, 1.0, phase.num_releases) if is_full(phase) else phase for phase in phases]
     _require(min(phase.noise_multiplier for phase in phases) >= _LEAST_NOISE, "too little noise for a grid")

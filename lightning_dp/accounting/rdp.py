@@ -38,6 +38,7 @@ class RDPAccountant(Accountant):
     """
 
     name = "rdp"
+    most_kinds = 256
 
     def _epsilon(self, phases: tuple[Phase, ...], delta: float) -> float:
         divergences = composed_divergences(phases)

@@ -5,6 +5,7 @@ Owns: what a journal file says, taking back what was not made, and the pace of w
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -133,7 +134,7 @@ class Pace:
         if self._began is not None and made > self._before:
             self._step = (time.perf_counter() - self._began) / (made - self._before)
         most = max(self._seconds, 0.01 * made * self._step) if made else 0.0
-        self._size = max(1, min(2 * self._size, int(min(self._write / self._share, most) / self._step)))
+        self._size = max(1, min(2 * self._size, math.ceil(min(self._write / self._share, most) / self._step)))
         return self._size
 
     def wrote(self, made: int, seconds: float) -> None:

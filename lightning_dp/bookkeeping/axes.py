@@ -21,15 +21,24 @@ class SampleAxis:
 
     Args:
         dim: The axis.
-        rows: Rows of one sample when it was observed; 1 is binding, more may change with the sequence length.
+        rows: Rows of one sample when it was observed; 1 is binding, more may change with the sequence length unless
+            ``fixed``.
         together: How many rows of one sample follow each other before those of the next: all for ``None``; one if the
             axis runs over (row, sample); and F where frames of a sample were merged with it and T tokens then put in
             front, as in ``[T * B * F]``. Any other number than one or all binds ``rows``.
+        fixed: Whether ``rows`` is binding. It is where a sample consists of that many rows of the batch: were one row
+            missing, those of the next sample would move up.
     """
 
     dim: int
     rows: int
     together: int | None = None
+    fixed: bool = False
+
+    @property
+    def is_binding(self) -> bool:
+        """Whether every sample must have ``rows`` rows."""
+        return self.fixed or self.rows == 1
 
     @property
     def rows_outermost(self) -> bool:
@@ -43,7 +52,7 @@ class SampleAxis:
             UnsupportedModelError: If the axis does not hold the same number of rows for every sample.
         """
         rows, rest = divmod(t.shape[self.dim], num_samples)
-        if rest or (self.rows == 1 and rows != 1) or rows == 0:
+        if rest or (self.is_binding and rows != self.rows) or rows == 0:
             raise UnsupportedModelError(
                 f"axis {self.dim} of a tensor of shape {tuple(t.shape)} held {self.rows} row(s) of each sample when it "
                 f"was observed, but does not divide so among the {num_samples} samples of this batch. Rows that are "

@@ -38,12 +38,13 @@ class Keeping(ABC):
         return {n: id(p) for n, p in parameters.items()} == {n: id(p) for n, p in self._trained.items()}
 
     @abstractmethod
-    def observe(self, forward: Forward, varied: bool = True) -> None:
+    def observe(self, forward: Forward, varied: bool = True, rows: int = 1) -> None:
         """Learn what must be known of the model before the first pass.
 
         Args:
             forward: Runs the forward pass on the samples named by a string: ``"aab"`` is a batch ``[a, a, b]``.
             varied: Whether ``a`` and ``b`` differ.
+            rows: How many rows of a batch a sample is.
         """
 
     @abstractmethod

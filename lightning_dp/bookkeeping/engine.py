@@ -49,14 +49,16 @@ class BookKeeping(Keeping):
         self._layouts = Layouts()
         self._recorder: Recorder | None = None
 
-    def observe(self, forward: Forward, varied: bool = True) -> None:
+    def observe(self, forward: Forward, varied: bool = True, rows: int = 1) -> None:
         """Observe how the functions that the parameters enter use the samples; see ``observation``.
 
         Args:
             forward: Runs the forward pass on the samples named by a string: ``"aab"`` is a batch ``[a, a, b]``.
             varied: Whether ``a`` and ``b`` differ.
+            rows: How many rows of a batch a sample is.
         """
         self._layouts = observe(self._names, self._swap, forward, varied)
+        self._layouts.fix(rows)
 
     def learn_from(self, other: BookKeeping) -> None:
         """Add what another book-keeping of the same parameters observed and this one did not."""

@@ -6,7 +6,7 @@ Owns: `Layout` and `Layouts`. Does not own: the observing (``observation``) or t
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from lightning_dp.bookkeeping.axes import SampleAxis
@@ -68,7 +68,7 @@ class Layout:
     def places(self) -> Hashable:
         """Return where the samples lie, whatever the number of rows."""
         axes = (*self.leaves, *self.outputs)
-        return self.kind, self.packed, tuple(axis and (axis.dim, axis.rows == 1, axis.together) for axis in axes)
+        return self.kind, self.packed, tuple(axis and (axis.dim, axis.is_binding, axis.together) for axis in axes)
 
 
 @dataclass
@@ -126,6 +126,18 @@ class Layouts:
         self._uses |= new
         self._unanimous.clear()
         return added
+
+    def fix(self, rows: int) -> None:
+        """Make so many rows of a sample binding where they were seen."""
+
+        def fixed(axes: tuple[SampleAxis | None, ...]) -> tuple[SampleAxis | None, ...]:
+            return tuple(replace(axis, fixed=True) if axis and axis.rows == rows else axis for axis in axes)
+
+        def bound(layouts: list[Layout]) -> list[Layout]:
+            return [replace(use, leaves=fixed(use.leaves), outputs=fixed(use.outputs)) for use in layouts]
+
+        self._uses = {key: _Uses(bound(uses.with_gradient), bound(uses.without)) for key, uses in self._uses.items()}
+        self._unanimous.clear()
 
     @property
     def names(self) -> set[str]:

@@ -22,7 +22,7 @@ class LoopKeeping(Keeping):
 
     _is_open = False
 
-    def observe(self, forward: Forward, varied: bool = True) -> None:
+    def observe(self, forward: Forward, varied: bool = True, rows: int = 1) -> None:
         """Do nothing: there is nothing to know."""
 
     def recording(self, num_samples: int | None = None) -> AbstractContextManager[None]:

@@ -21,12 +21,12 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_dp.bookkeeping import Keeping
 from lightning_dp.bookkeeping.random_state import RandomState
+from lightning_dp.coverage.ahead import forecast_of
 from lightning_dp.coverage.observing import Bench, loop_coverage, observe_coverage
 from lightning_dp.coverage.report import Plan
 from lightning_dp.coverage.table import print_plan
 from lightning_dp.coverage.timing import time_ratio
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
-from lightning_dp.forecasting import Forecast
 from lightning_dp.forecasting.figure import ForecastFigure
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.strategies.preparing import Found, Prepared, find, prepare
@@ -204,26 +204,7 @@ class _Rehearsal:
             left = max(0, budget.planned_steps - self._trainer.global_step // plan.steps_per_batch)
         plan.steps = min((limit for limit in (left, budget.releases_left) if limit is not None), default=None)
         plan.epsilon = None if plan.steps is None else budget.epsilon_after(plan.steps)
-        plan.forecast = self._forecast(left)
-
-    def _forecast(self, planned_left: int | None) -> Forecast | None:
-        """Return what the budget of this fit comes to; nothing without noise."""
-        run, plan = self._run, self._plan
-        assert run.mechanism is not None, "settled with the dataloader"
-        if run.mechanism.noise_multiplier == 0:
-            return None
-        return Forecast(
-            sample_rate=run.mechanism.sample_rate,
-            delta=run.budget.delta,
-            noise_multiplier=run.mechanism.noise_multiplier,
-            num_steps=run.budget.releases_left if planned_left is None else planned_left,
-            target_epsilon=run.budget.target_epsilon,
-            num_allowed=run.budget.releases_left,
-            num_examples=plan.num_examples,
-            accountant=run.settings.accountant,
-            spent=run.ledger.phases,
-            releases_per_draw=run.mechanism.releases_per_draw,
-        )
+        plan.forecast = forecast_of(run, left)
 
     def _bench(self, found: Found) -> Bench:
         loader = self._run.loader

@@ -52,6 +52,7 @@ def _draw_steps(axes: Any, forecast: Forecast) -> None:
     if forecast.num_steps is not None:
         label = f"planned: epsilon {forecast.epsilon:.3g}"
         axes.plot([forecast.num_steps], [forecast.epsilon], "o", color=_MARK, label=label)
+    axes.set_ylim(bottom=0)
     _dress(axes, "Epsilon over the steps", "further steps" if forecast.spent else "steps", "epsilon")
     axes.set_xscale("log")
 

@@ -11,7 +11,7 @@ batches for the same reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,10 +94,13 @@ class Forecast:
         num_steps: Logical batches that are still to come; ``None`` without a limit.
         target_epsilon: The budget, in nats; ``None`` without one.
         num_allowed: How many further steps fit into it; ``None`` if that was not asked for.
-        num_examples: N; ``None`` if only the sample rate is known.
+        num_examples: N, or the number of units that are no examples; ``None`` if only the sample rate is known.
         accountant: Whose epsilon counts: a name or an `Accountant`.
         spent: What was released before.
+        after: Epsilon after so many further steps, in nats, of a fit with other releases than these numbers tell, such
+            as those of a schedule; other settings are not compared then. ``None`` for a fit of one noise and rate.
         releases_per_draw: Noisy gradients released from one logical batch.
+        unit: What is drawn, added or removed: ``"example"`` or ``"user"``.
     """
 
     sample_rate: float
@@ -109,7 +112,9 @@ class Forecast:
     num_examples: int | None = None
     accountant: str | Accountant = "prv"
     spent: tuple[Phase, ...] = ()
+    after: Callable[[int], float] | None = None
     releases_per_draw: int = 1
+    unit: str = "example"
 
     @property
     def batch_size(self) -> float | None:
@@ -128,6 +133,8 @@ class Forecast:
 
     def epsilon_after(self, num_steps: int) -> float:
         """Return what all releases so far and ``num_steps`` more have spent, in nats."""
+        if self.after is not None:
+            return self.after(num_steps)
         more = Phase(self._accounted_noise, self.sample_rate, num_steps)
         return resolve_accountant(self.accountant).epsilon([*self.spent, more], self.delta)
 
@@ -174,7 +181,7 @@ class Forecast:
 
     def _comparable(self) -> tuple[float, int]:
         """Return goal and steps that other settings can be compared at; a goal of 0 if there are none."""
-        if self.spent or not self.num_steps or not self.goal or self.goal == math.inf:
+        if self.spent or self.after is not None or not self.num_steps or not self.goal or self.goal == math.inf:
             return 0.0, 0
         return self.goal, self.num_steps
 

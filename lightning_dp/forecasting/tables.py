@@ -73,11 +73,13 @@ def print_budget(forecast: Forecast, console: Console) -> None:
         console.print(Text(_best(forecast)))
     if forecast.spent:
         console.print(Text("Noise and batch size were settled by the releases made before: no other is shown."))
+    elif forecast.after is not None:
+        console.print(Text("Noise and batch size follow a schedule: no other is shown."))
 
 
 def _settings(forecast: Forecast) -> Iterator[tuple[str, str]]:
     if forecast.num_examples is not None:
-        yield "training examples (N)", f"{forecast.num_examples:,}"
+        yield f"training {forecast.unit}s (N)", f"{forecast.num_examples:,}"
         yield "expected batch", f"{forecast.batch_size:g}"
     yield "sample rate", f"{forecast.sample_rate:.4g}"
     yield "steps", f"{forecast.num_steps:,}, that is {_passes(forecast, forecast.num_steps)} passes over the data"
@@ -88,7 +90,7 @@ def _settings(forecast: Forecast) -> Iterator[tuple[str, str]]:
     )
     yield "delta", f"{forecast.delta:.3g}"
     yield "accountant", str(getattr(forecast.accountant, "name", forecast.accountant))
-    yield "holds for", "adding or removing one training example"
+    yield "holds for", f"adding or removing one training {forecast.unit}"
 
 
 def _steps(forecast: Forecast) -> Table:
@@ -117,7 +119,8 @@ def _noise(forecast: Forecast) -> Table:
 
 def _batches(forecast: Forecast) -> Table:
     title = f"Other batch sizes, the same work ({_passes(forecast, forecast.num_steps)} passes), epsilon "
-    known = ["batch\nsize"] if forecast.num_examples is not None else []
+    size = "batch\nsize" if forecast.unit == "example" else "users in\na batch"
+    known = [size] if forecast.num_examples is not None else []
     noise = ["noise/signal\nof a step", "noise/signal\nof the run"] if known else []
     names = (*known, "sample\nrate", "steps", "noise\nmultiplier", *noise, "over\nleast")
     table = _table(f"{title}{forecast.goal:.4g}", *names)
@@ -144,9 +147,10 @@ def _cells(option: BatchOption) -> Iterator[str]:
 def _best(forecast: Forecast) -> str:
     best = forecast.best_batch
     assert best is not None, "there are batches"
-    size = (
-        f"batch size {best.batch_size:,.6g}" if best.batch_size is not None else f"sample rate {best.sample_rate:.4g}"
-    )
+    size = f"sample rate {best.sample_rate:.4g}"
+    if best.batch_size is not None:
+        count = f"{best.batch_size:,.6g}"
+        size = f"batch size {count}" if forecast.unit == "example" else f"{count} users in a batch"
     return (
         f"Best by noise: {size}, the smallest whose noise over the run is within 5 % of the least. Noise/signal is the "
         "noise on the mean gradient over max_grad_norm; over a run it grows with sqrt(steps), a signal with steps. "

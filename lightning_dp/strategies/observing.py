@@ -77,7 +77,8 @@ class Observer:
         """Let a book-keeping observe, and check nothing."""
         if not self._index:
             self._choose_samples()
-        keeping.observe(self._loss, varied=len(self._index) > 1)
+        rows = self._loader.units.examples_per_unit
+        keeping.observe(self._loss, varied=len(self._index) > 1, rows=rows)
 
     def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
         self.look(keeping)

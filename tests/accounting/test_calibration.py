@@ -55,6 +55,21 @@ def test_calibration(target, delta, rate, count, accountant):
         assert oracles.pld_epsilon([(rate, noise, count)], delta) == pytest.approx(target, rel=0.012)
 
 
+@pytest.mark.slow
+def test_calibration_to_random_targets():
+    random, shares = np.random.default_rng(4), []
+    for _ in range(100):
+        target, delta = float(10 ** random.uniform(-2, 2)), float(10 ** random.uniform(-8, -4))
+        rate, count = float(10 ** random.uniform(-4, 0)), int(10 ** random.uniform(0, 5))
+        if count * rate <= 2 * delta:
+            continue
+        noise = calibrate_noise_multiplier(target_epsilon=target, target_delta=delta, sample_rate=rate, num_steps=count)
+        spent = compute_epsilon(noise_multiplier=noise, sample_rate=rate, num_steps=count, delta=delta)
+        assert 0.995 * target <= spent <= target, (target, delta, rate, count, noise, spent)
+        shares.append(spent / target)
+    print(f"{len(shares)} targets, share spent: {min(shares):.5f}, {np.median(shares):.5f}, {max(shares):.5f}")
+
+
 def test_closed_form_calibration():
     """One full batch: the noise is known from the Gaussian mechanism's exact delta."""
     noise = calibrate_noise_multiplier(target_epsilon=2, target_delta=1e-5, sample_rate=1, num_steps=1)

@@ -536,10 +536,15 @@ def test_a_child_that_outlives_the_process_does_not_keep_it_alive(tmp_path):
     """As a dataloader's worker, which notices after seconds only that it is alone."""
     journal, ledger, checkpoint = started(tmp_path)
     release(journal, ledger, 2, block=10)
+    begun, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        time.sleep(60)
+        os.write(tell, b"x")
+        time.sleep(600)
         os._exit(0)
+    os.read(begun, 1)
+    os.close(begun)
+    os.close(tell)
     del journal
     try:
         assert resumed(checkpoint, tmp_path).num_releases == 2
@@ -579,7 +584,7 @@ def test_killed_runs_forget_nothing(tmp_path, monkeypatch, block):
     directory.mkdir()
     for kill in range(1, 4):
         process = forks.Process(target=run, args=(checkpoint, directory, made, block, 37))
-        before, deadline = made.stat().st_size, time.monotonic() + 60
+        before, deadline = made.stat().st_size, time.monotonic() + 240
         process.start()
         while made.stat().st_size == before:
             assert time.monotonic() < deadline, "the run made no release"

@@ -205,3 +205,20 @@ def test_without_partitions_all_releases_compose():
     ledger.book(Release(1.0, 0.1, 60))
     assert ledger.histories() == ((Phase(1.0, 0.1, 2),),)
     assert len(ledger.counts) == 2
+
+
+def test_totals_go_with_the_segments():
+    """The totals that are kept, against sums over what is saved."""
+    ledger, other = book(Ledger(), 2), book(Ledger(), 3, KINDS[1])
+    before = ledger.revision
+    book(ledger, 1, KINDS[2])
+    assert ledger.revision == before
+    ledger.merge(other.state_dict())
+    assert ledger.revision > before
+    book(other, 4)
+    ledger.merge(other.state_dict())
+    for one in (ledger, copy.deepcopy(ledger)):
+        sums = {name: sum(row["num_releases"] for row in rows) for name, rows in one.state_dict()["segments"].items()}
+        assert {name: one.num_of(name) for name in sums} == sums
+        assert (one.num_releases, one.num_own) == (sum(sums.values()), sums[one.own_segment])
+    assert (ledger.num_own, ledger.num_of("nobody")) == (3, 0)

@@ -34,20 +34,22 @@ def test_setting_where_the_package_alone_is_below_the_truth():
     assert 6.591 <= epsilon([setting], 2.0080586267643588e-08) < 6.7
 
 
-def check_random_settings(count: int, seed: int) -> float:
-    """Compare with dp-accounting; return the largest ratio."""
+def check_random_settings(count: int, seed: int) -> None:
+    """Compare with dp-accounting and print the ratios."""
     ratios = []
     for rate, noise, steps, delta in oracles.random_settings(count, seed):
         ours, truth = epsilon([(rate, noise, steps)], delta), oracles.pld_epsilon([(rate, noise, steps)], delta)
         # dp-accounting is an upper bound itself, by up to its own mesh: we may be so much below it.
         assert truth * (1 - 1e-4) - 1e-4 <= ours <= truth * 1.02 + 1e-3, (rate, noise, steps, delta, ours, truth)
-        ratios.append(ours / truth)
-    print(f"{count} settings, ratio to dp-accounting: {min(ratios):.5f} .. {max(ratios):.5f}")
-    return max(ratios)
+        if 0.1 <= truth <= 20:
+            assert truth <= ours <= truth * 1.02, (rate, noise, steps, delta, ours, truth)
+            ratios.append(ours / truth)
+    print(f"{len(ratios)} settings with epsilon in 0.1 .. 20, ratio to dp-accounting: least, median, largest")
+    print(f"{min(ratios):.5f}, {np.median(ratios):.5f}, {max(ratios):.5f}")
 
 
 def test_random_settings():
-    check_random_settings(300, seed=2)
+    check_random_settings(30, seed=2)
 
 
 @pytest.mark.slow
@@ -117,7 +119,6 @@ NOT_BY_THE_NUMBERS = [
     ([(0.1, 1e-3, 10)], 1e-5, "too little noise for a grid"),
     ([(0.5, 0.05, 1000)], 1e-5, "privacy losses too large for a grid"),
     ([(0.01, 1.0, 900_000)], 1e-12, "delta drowns in rounding"),
-    ([(0.01, 1 + k / 100, 10) for k in range(33)], 1e-5, "too many distinct kinds of release"),
     ([(1e-5, 0.5, 10**6)], 1e-9, "keeping the mean would shift the losses off the grid"),
 ]
 

@@ -86,7 +86,7 @@ class Run:
         process.start()
         if moment == "step":
             wait(process, lambda: self.witnessed > witnessed)
-            time.sleep(self.chance.uniform(0, 0.5))
+            time.sleep(self.chance.uniform(0, 2.0))
         elif moment == "checkpoint":
             wait(process, lambda: len(self.checkpoints()) > saved)
             time.sleep(self.chance.uniform(0, 0.01))
@@ -104,7 +104,7 @@ def forks(monkeypatch):
 
 
 def wait(process, condition):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not condition():
         assert process.exitcode is None, "the run ended by itself"
         assert time.monotonic() < deadline, "nothing happened"

@@ -268,3 +268,14 @@ def test_the_summary_and_the_first_line_tell_of_the_stages(capsys, caplog):
     shown, base = capsys.readouterr().out, dp._run.schedule.base.noise_multiplier
     for line in (f"3 × {2 * base:.4g} at 0.25", f"4 × {base:.4g} at 0.125", f"5 × {base / 2:.4g} at 0.5"):
         assert line in shown
+
+
+def test_a_plan_counts_the_schedule(capsys):
+    dp = schedule()
+    found = ldp.plan(trainer(dp, max_steps=12), Regression(), loader()).forecast
+    for count, kinds in ((3, KINDS[:1]), (7, KINDS[:2]), (12, KINDS)):
+        pld = oracles.pld_epsilon(kinds, 1e-3)
+        assert pld <= found.epsilon_after(count) <= 1.02 * pld
+    assert found.epsilon == found.epsilon_after(12)
+    assert (found.batches, found.noise_for) == ((), ())
+    assert "Noise and batch size follow a schedule: no other is shown." in capsys.readouterr().out

@@ -503,3 +503,81 @@ def test_regression_on_examples_is_unchanged():
         released.append((torch.cat([p.grad.flatten() for p in module.parameters()]), dp.unit, dp.delta))
     torch.testing.assert_close(released[0][0], released[1][0], rtol=0, atol=0)
     assert released[0][1:] == released[1][1:] == ("example", 1 / 130)
+
+
+class Drops:
+    """Leaves out examples whose number is marked, as collate functions do with broken files."""
+
+    def __init__(self, dropped):
+        self.dropped = dropped
+
+    def __call__(self, examples):
+        kept = [e for e in examples if int(e[-1]) not in self.dropped]
+        return [torch.stack([e[k] for e in kept]) for k in range(3)]
+
+
+@pytest.mark.parametrize("in_training_step", [False, True])
+def test_a_row_that_is_left_out_is_noticed(in_training_step):
+    """One row of each user is missing after the model was observed: what is left divides evenly, and wrongly."""
+    ids = [user for user in range(40) for _ in range(2)]
+    numbers = set()
+    collate = Drops(numbers)
+
+    class Late(Mean):
+        def on_before_optimizer_step(self, optimizer):
+            numbers.update(range(0, 80, 2))
+
+        def training_step(self, batch, batch_idx):
+            if in_training_step:
+                batch = collate(list(zip(*batch, strict=True)))
+            return super().training_step(batch, batch_idx)
+
+    module = Late()
+    data = users(2, ids, data=rows_of((3,), ids), collate_fn=None if in_training_step else collate)
+    dp = ldp.DPStrategy(noise_multiplier=1.0)
+    with pytest.raises(ldp.UnsupportedModelError, match=r"held 2 row\(s\) of each sample"):
+        trainer(dp, max_steps=2).fit(module, data)
+    assert dp.num_releases == 1
+
+
+class Packed(Mean):
+    """One sequence for each row, packed."""
+
+    def __init__(self):
+        super().__init__(Recurrent().double())
+
+    def loss(self, batch):
+        lengths = torch.full((len(batch[0]),), 4)
+        packed = nn.utils.rnn.pack_padded_sequence(batch[0], lengths, batch_first=True, enforce_sorted=False)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.net.lstm(packed)[0], batch_first=True)
+        return F.mse_loss(self.net.head(out.mean(1)), batch[1])
+
+
+def test_packed_sequences():
+    data = rows_of((4, 3))
+    with pytest.raises(ldp.UnsupportedModelError, match="the packed sequence holds 4 sequences for 2 samples"):
+        trainer(max_steps=1).fit(Packed(), users(2, data=data))
+    assert_right(Packed(), 1, data=data)
+    assert_right(Packed(), 2, data=data, clipping_engine="loop")
+
+
+def test_a_parameter_for_every_row():
+    class Token(Mean):
+        def __init__(self, join):
+            super().__init__()
+            self.token, self.join = nn.Parameter(torch.ones(1, 3).double()), join
+
+        def loss(self, batch):
+            token = self.join(self.token, len(batch[0]))
+            return F.mse_loss(self.net(batch[0] * token), batch[1])
+
+    assert_right(Token(lambda t, n: t.expand(n, -1)), 2)
+    assert_right(Token(lambda t, n: torch.cat([t] * n)), 1)
+    with pytest.raises(ldp.UnsupportedModelError, match="do not scale with the number of samples"):
+        trainer(max_steps=1).fit(Token(lambda t, n: torch.cat([t] * n)), users(2))
+
+
+def test_dropout_draws_for_every_row():
+    """The self-check compares users under equal draws for all rows."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    trainer(ldp.DPStrategy(noise_multiplier=1.0), max_steps=2).fit(Mean(net), users(3))
