@@ -5,12 +5,13 @@ Owns: which numbers are computed. Does not own: epsilon (``accounting``), text (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from lightning_dp.accounting import (
     Accountant,
+    Phase,
     Release,
     claim,
     cross_checked,
@@ -184,8 +185,9 @@ def _privacy(
 ) -> Privacy:
     asked, unit = record.accounting, record.mechanism.unit
     phases = merge_phases(release.times(count) for release, count in counts.items())
+    epsilon = spent(counts, accountant, asked.delta)
     return Privacy(
-        epsilon=spent(counts, accountant, asked.delta),
+        epsilon=epsilon,
         delta=asked.delta,
         target_epsilon=asked.target_epsilon,
         target_delta=asked.target_delta,
@@ -195,11 +197,19 @@ def _privacy(
         steps_left=_steps_left(record, counts),
         accountant=AccountantUsed(accountant.name, _library_of(record, accountant)),
         cross_check=_cross_check(counts, asked.delta),
-        claim=claim(phases, accountant).replace("one example", f"one {unit}"),  # accountants know no units
+        claim=_claim(phases, accountant, epsilon, asked.target_epsilon, unit),
         # Of all phases together: the examples of one person may lie in several partitions.
         groups=group_privacy(phases, asked.delta) if unit == "example" else (),
         at_checkpoint=at_checkpoint,
     )
+
+
+def _claim(
+    phases: Sequence[Phase], accountant: Accountant, epsilon: float, target_epsilon: float | None, unit: str
+) -> str:
+    """The claim; of a target only if it holds, which it need not if it was lowered. Accountants know no units."""
+    held = target_epsilon if target_epsilon is not None and epsilon <= target_epsilon else None
+    return claim(phases, accountant, target_epsilon=held).replace("one example", f"one {unit}")
 
 
 def _steps_left(record: Record, counts: Mapping[Release, int]) -> int | None:
