@@ -17,7 +17,12 @@ _KINDS = " and the noise and sample rate of every release were fixed before the 
 
 
 def claim(
-    phases: Sequence[Phase], accountant: Accountant, *, target_epsilon: float | None = None, unit: str = "example"
+    phases: Sequence[Phase],
+    accountant: Accountant,
+    *,
+    target_epsilon: float | None = None,
+    epsilon: float = 0.0,
+    unit: str = "example",
 ) -> str:
     """What the epsilon of some releases says, and what it takes for granted.
 
@@ -25,6 +30,7 @@ def claim(
         phases: The releases made.
         accountant: Who accounted for them.
         target_epsilon: What they were never allowed to exceed, in nats; ``None`` for no limit.
+        epsilon: What they have spent, in nats: a target below it, such as one that was lowered, is not claimed.
         unit: What is added or removed.
 
     Returns:
@@ -36,7 +42,7 @@ def claim(
     if any(phase.noise_multiplier == 0 for phase in merged):
         return "Something was released without noise, so there is no guarantee."
     always, kinds = _ALWAYS.format(unit=unit), _KINDS if len(merged) > 1 else ""
-    if target_epsilon is None:
+    if target_epsilon is None or epsilon > target_epsilon:
         return f"Epsilon and delta hold {always}{kinds}, and if results did not decide when to stop."
     target = f"The target epsilon {target_epsilon:g} and delta hold {always}"
     if accountant.adaptive:

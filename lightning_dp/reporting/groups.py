@@ -3,7 +3,8 @@
 Owns: the choice between two ways. Does not own: the distributions (``numbers``), the accountants (``accounting``).
 
 With dp-accounting: the mixture of Gaussians of k examples. Without: if one example has ``(e, d)``, then k have
-``(k e, d (exp(k e) - 1) / (exp(e) - 1))`` (Dwork and Roth 2014, theorem 2.2; Vadhan 2017, lemma 2.2).
+``(k e, d (1 + exp(e) + ... + exp((k - 1) e)))``, from one neighbour to the next (Vadhan 2017, lemma 2.2, rounds this
+sum up to ``k exp(k e)``).
 """
 
 from __future__ import annotations

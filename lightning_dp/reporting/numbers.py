@@ -41,7 +41,7 @@ def pld_epsilon(phases: tuple[Phase, ...], delta: float, num_examples: int = 1) 
     """Return epsilon by dp-accounting alone: an upper bound, in nats.
 
     Adding ``k`` examples changes a Poisson sampled sum by at most the sensitivity times a binomial number, and the
-    worst case is that of a mixture of Gaussians on a line (arXiv 2310.15526, theorem 3.1).
+    worst case is that of a mixture of Gaussians on a line (arXiv 2310.15526).
 
     Args:
         phases: All releases; ask `reason_against` first.

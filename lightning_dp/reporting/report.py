@@ -5,12 +5,13 @@ Owns: which numbers are computed. Does not own: epsilon (``accounting``), text (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from lightning_dp.accounting import (
     Accountant,
+    Phase,
     Release,
     claim,
     cross_checked,
@@ -184,8 +185,9 @@ def _privacy(
 ) -> Privacy:
     asked, unit = record.accounting, record.mechanism.unit
     phases = merge_phases(release.times(count) for release, count in counts.items())
+    epsilon = spent(counts, accountant, asked.delta)
     return Privacy(
-        epsilon=spent(counts, accountant, asked.delta),
+        epsilon=epsilon,
         delta=asked.delta,
         target_epsilon=asked.target_epsilon,
         target_delta=asked.target_delta,
@@ -195,8 +197,7 @@ def _privacy(
         steps_left=_steps_left(record, counts),
         accountant=AccountantUsed(accountant.name, _library_of(record, accountant)),
         cross_check=_cross_check(counts, asked.delta),
-        claim=claim(phases, accountant, target_epsilon=asked.target_epsilon, unit=unit),
-        # Of all phases together: the examples of one person may lie in several partitions.
+        claim=claim(phases        # Of all phases together: the examples of one person may lie in several partitions.
         groups=group_privacy(phases, asked.delta) if unit == "example" else (),
         at_checkpoint=at_checkpoint,
     )

@@ -63,7 +63,8 @@ class PrivacyStatus:
         run = self._run
         unit = run.mechanism.unit if run.mechanism else "example"
         target = run.settings.target_epsilon
-        return claim(run.ledger.phases, run.budget.accountant, target_epsilon=target, unit=unit)
+        spent, accountant = run.ledger.phases, run.budget.accountant
+        return claim(spent, accountant, target_epsilon=target, epsilon=self.epsilon, unit=unit)
 
     def record(self) -> Record | None:
         """Return the facts about this run, for reports; ``None`` before it has seen its training data."""

@@ -156,3 +156,11 @@ def test_users_have_no_groups():
     ):
         assert expected in text
     Draft202012Validator(schema()).validate(json.loads(as_json(report)))
+
+
+def test_a_target_is_claimed_only_if_it_holds():
+    counts, rdp = {Release(1.0, 0.25): 4}, resolve_accountant("rdp")
+    kept = replace(RECORD, accounting=replace(RECORD.accounting, target_epsilon=50.0))
+    lowered = replace(RECORD, accounting=replace(RECORD.accounting, target_epsilon=0.1))
+    assert "The target epsilon 50 and delta hold" in make_report(kept, counts, rdp).privacy.claim
+    assert "target" not in make_report(lowered, counts, rdp).privacy.claim
