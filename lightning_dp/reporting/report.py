@@ -197,7 +197,8 @@ def _privacy(
         steps_left=_steps_left(record, counts),
         accountant=AccountantUsed(accountant.name, _library_of(record, accountant)),
         cross_check=_cross_check(counts, asked.delta),
-        claim=claim(phases        # Of all phases together: the examples of one person may lie in several partitions.
+        claim=claim(phases, accountant, target_epsilon=asked.target_epsilon, epsilon=epsilon, unit=unit),
+        # Of all phases together: the examples of one person may lie in several partitions.
         groups=group_privacy(phases, asked.delta) if unit == "example" else (),
         at_checkpoint=at_checkpoint,
     )
