@@ -5,13 +5,12 @@ Owns: which numbers are computed. Does not own: epsilon (``accounting``), text (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from lightning_dp.accounting import (
     Accountant,
-    Phase,
     Release,
     claim,
     cross_checked,

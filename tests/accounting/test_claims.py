@@ -29,3 +29,8 @@ def test_claim(phases, accountant, target, said, not_said):
     assert [part for part in said if part not in sentence] == []
     assert [part for part in not_said if part in sentence] == []
     assert sentence.endswith(".")
+
+
+def test_a_target_that_was_lowered_is_not_claimed():
+    assert "target" not in claim(ONE, PRVAccountant(), target_epsilon=3.0, epsilon=3.5)
+    assert "one user" in claim(ONE, PRVAccountant(), target_epsilon=3.0, epsilon=2.5, unit="user")
