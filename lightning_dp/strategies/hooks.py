@@ -54,6 +54,9 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         trainer = self._module.trainer
         if trainer.state.stage != RunningStage.TRAINING:
             return super().process_dataloader(dataloader)
+        if not self._module.automatic_optimization:
+            # The mechanism is settled anew, and how often one draw is released is only known after a look.
+            self._forget()
         return self._run.plan(dataloader, trainer, self.world_size)
 
     def on_train_start(self) -> None:

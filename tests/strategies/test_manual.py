@@ -206,6 +206,18 @@ def test_a_generator_that_sees_the_data_is_private_and_both_releases_are_counted
     assert strategy.epsilon == pytest.approx(expected, rel=1e-9)
 
 
+def test_both_releases_are_counted_together_after_the_dataloader_was_reloaded():
+    class Reloads(FeatureMatching):
+        def train_dataloader(self):
+            return real_samples()
+
+    strategy = ldp.DPStrategy(noise_multiplier=2.0)
+    fit = trainer(strategy, max_epochs=3, max_steps=-1, reload_dataloaders_every_n_epochs=1)
+    fit.fit(Reloads().double())
+    assert [(r.noise_multiplier, n) for r, n in strategy.releases().items()] == [(2.0 / 2**0.5, 3)]
+    assert strategy.record().mechanism.releases_per_draw == 2
+
+
 def test_calibration_allows_for_both_releases():
     strategy = fit(FeatureMatching().double(), noise_multiplier=None, target_epsilon=3.0, max_epochs=4)
     one = ldp.calibrate_noise_multiplier(target_epsilon=3.0, target_delta=strategy.delta, sample_rate=1.0, num_steps=4)
