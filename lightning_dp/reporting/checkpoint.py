@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lightning_dp.accounting import Accountant, Journal, Ledger, resolve_accountant
+from lightning_dp.accounting import Accountant, Journal, Ledger, RDPFilter, resolve_accountant
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.plain import from_plain
 from lightning_dp.record import Point, Record, Watched
@@ -55,11 +55,17 @@ def report_of(checkpoint: Mapping[str, Any], path: Path, accountant: str | Accou
     """
     state = _private_state(checkpoint, path)
     record = from_plain(Record, state["record"], f"the privacy record in {path}")
-    chosen, ledger = _accountant(accountant or record.accounting.accountant, record, path), Ledger()
+    chosen, ledger = _accountant(_ordered(accountant or record.accounting.accountant, state), record, path), Ledger()
     ledger.merge(state["ledger"])
     alone = AtCheckpoint(path.name, ledger.num_releases, spent(ledger.counts, chosen, record.accounting.delta))
     Journal.read(path.parent, ledger)
     return make_report(record, ledger.counts, chosen, _watched(checkpoint, path, alone), alone)
+
+
+def _ordered(accountant: str | Accountant, state: Mapping[str, Any]) -> str | Accountant:
+    """A filter has the order that was fixed before the first release of the fit, if that had one."""
+    order = (state.get("terms") or [{}])[-1].get("filter_order")
+    return RDPFilter(order) if accountant == RDPFilter.name and order is not None else accountant
 
 
 def _accountant(accountant: str | Accountant, record: Record, path: Path) -> Accountant:

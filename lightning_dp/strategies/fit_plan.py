@@ -107,6 +107,13 @@ class FitPlan:
                 "filter holds for the target that was fixed before the first release. Keep target and accountant, or "
                 "begin a new run."
             )
+        order = self.terms.filter_order
+        for fixed in {terms.filter_order for terms in self.agreed.values()} - {order}:
+            raise PrivacyConfigurationError(
+                f"the order of accountant='rdp_filter' is now {order} and was {fixed} in the {made} releases made "
+                "before: a filter holds for the order that was fixed before the first release. It follows from target "
+                f"and delta: keep both, or give accountant=lightning_dp.accounting.RDPFilter({fixed})."
+            )
 
     def _calibrated(self, accountant: Accountant) -> float:
         """Return a noise multiplier with which the remaining steps spend what is left of the target."""

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Journal, Ledger
+from lightning_dp.accounting import Journal, Ledger, RDPFilter
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
 from lightning_dp.errors import PrivacyError
@@ -172,6 +172,7 @@ class PrivateRun:
         delta = self.settings.delta(self._units)
         if self.settings.target_delta is None:  # a default one must suit every dataset that was released from
             delta = min([delta, *(agreed.delta for agreed in self._agreed.values())])
+        accountant = self.settings.accountant_for(delta)
         return Terms(
             num_units=self._units.num_units,
             unit=self._units.unit,
@@ -180,7 +181,8 @@ class PrivateRun:
             delta=delta,
             noise_multiplier=self.settings.noise_multiplier or 0.0,
             schedule=self.settings.schedule,
-            filter_target=self.settings.target_epsilon if self.settings.resolved_accountant().adaptive else None,
+            filter_target=self.settings.target_epsilon if accountant.adaptive else None,
+            filter_order=accountant.order if isinstance(accountant, RDPFilter) else None,
         )
 
     @property
@@ -254,6 +256,7 @@ class PrivateRun:
 
     def resume(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         """Count every release that a checkpoint and the journals beside it know of."""
+        self._agreed = dict(self._agreed_by_now)  # also of a fit of this process that the checkpoint knows nothing of
         if _CHECKPOINT_KEY in checkpoint:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
             self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])

@@ -27,6 +27,7 @@ class Terms:
         noise_multiplier: Of each release, without a schedule.
         schedule: Its stages.
         filter_target: The target of an adaptive accountant, in nats; ``None`` with any other one.
+        filter_order: The Renyi order of a filter; ``None`` with any other accountant.
     """
 
     num_units: int
@@ -37,6 +38,7 @@ class Terms:
     noise_multiplier: float
     schedule: tuple[Stage, ...] = ()
     filter_target: float | None = None
+    filter_order: float | None = None
 
     def differences(self, before: Terms, *, noise_is_given: bool) -> list[str]:
         """Say what is other than before.

@@ -5,7 +5,8 @@ import logging
 import pytest
 
 import lightning_dp as ldp
-from lightning_dp.accounting import PRVAccountant, RDPAccountant
+from lightning_dp.accounting import PRVAccountant, RDPAccountant, RDPFilter
+from lightning_dp.reporting import read_report
 from tests.accounting import oracles
 from tests.models import Regression, loader, trainer
 
@@ -103,6 +104,30 @@ def test_the_target_of_a_filter_is_fixed(tmp_path):
     for settings in ({"target_epsilon": 4.0}, {"accountant": "prv"}):
         with pytest.raises(ldp.PrivacyConfigurationError, match=r"was 3.0 in the 2 releases made before: a filter"):
             fit(filtered(**settings), ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "n"),
+    [({"accountant": RDPFilter(4.0)}, 20), ({"target_delta": 1e-4}, 20), ({"target_delta": None}, 40)],
+    ids=["given", "by another delta", "by the default delta of other data"],
+)
+def test_the_order_of_a_filter_is_fixed(tmp_path, settings, n):
+    run = fit(filtered(target_delta=None), steps=2)
+    order = run.strategy.budget.accountant.order
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ldp.PrivacyConfigurationError, match=f"was {order} in the 2 releases made before: a filter"):
+        fit(filtered(**settings, noise_multiplier=9.0), ckpt_path=tmp_path / "a.ckpt", n=n)
+    dp = filtered(**settings | {"accountant": RDPFilter(order)}, noise_multiplier=9.0)  # the way out
+    fit(dp, steps=3, ckpt_path=tmp_path / "a.ckpt", n=n)
+    assert dp.budget.accountant.order == order
+
+
+def test_a_report_from_a_checkpoint_has_the_order_of_the_filter(tmp_path):
+    dp = filtered(accountant=RDPFilter(16.0), noise_multiplier=3.0)
+    fit(dp, steps=2).save_checkpoint(tmp_path / "a.ckpt")
+    assert read_report(tmp_path / "a.ckpt").privacy.epsilon == dp.epsilon
+    assert read_report(tmp_path / "a.ckpt", "rdp_filter").privacy.epsilon == dp.epsilon
+    assert dp.epsilon < 0.5 * RDPFilter().for_target(3.0, 1e-3).epsilon(dp._run.ledger.phases, 1e-3)
 
 
 def test_a_filter_needs_a_target():

@@ -209,6 +209,16 @@ def test_a_default_delta_suits_every_partition():
     assert dp.delta == 1 / 1000
 
 
+def test_terms_outlive_a_checkpoint_that_knows_nothing_of_them(tmp_path):
+    """Such as one of public training, from which a second fit begins."""
+    run = trainer("auto", max_steps=1)
+    run.fit(Regression(), loader())
+    run.save_checkpoint(tmp_path / "public.ckpt")
+    fits = Fits(strategy()).on(undeclared(), 2)
+    with pytest.raises(ldp.PrivacyConfigurationError, match="the size of the training data is now 19 and was 20"):
+        fits.on(undeclared(n=19), 2, ckpt_path=tmp_path / "public.ckpt")
+
+
 def test_partitions_that_take_turns_in_one_fit():
     class Turns(Regression):
         def train_dataloader(self):
