@@ -113,13 +113,16 @@ def units_of(dataset: Dataset[Any]) -> Units:
     """Return the units of the dataset of a dataloader: what a `PrivateDataset` says, else its examples.
 
     Raises:
-        PrivacyConfigurationError: If a `PrivateDataset` is inside something that may have changed the examples.
+        PrivacyConfigurationError: If a `PrivateDataset` is inside something that may have changed the examples, or if a
+            `Subset` has an example twice, which would then be two units.
     """
     inner, at = dataset, None
     while type(inner) is Subset:
         # As a list is indexed: numpy would take booleans for a mask.
         indices = np.fromiter((int(i) for i in inner.indices), np.int64)
         inner, at = inner.dataset, indices if at is None else indices[at]
+    if at is not None and getattr(inner, "user_ids", None) is None:
+        _check_distinct(at % len(inner))  # type: ignore[arg-type]
     if isinstance(inner, PrivateDataset):
         return inner.units(at)
     if _holds_private(inner):
@@ -128,6 +131,16 @@ def units_of(dataset: Dataset[Any]) -> Units:
             f"belongs to is not known. {_OUTERMOST}"
         )
     return ExampleUnits(len(dataset))  # type: ignore[arg-type]
+
+
+def _check_distinct(indices: NDArray[np.int64]) -> None:
+    found, counts = np.unique(indices, return_counts=True)
+    if len(found) < len(indices):
+        raise PrivacyConfigurationError(
+            f"the train dataset is a Subset with example {found[counts.argmax()]} {counts.max()} times: each would "
+            "count as one of its own, and epsilon would not be for the example. Give every index once, or say whose "
+            "they are: PrivateDataset(subset, user_ids=subset.indices)."
+        )
 
 
 def _check_access(dataset: Any) -> None:

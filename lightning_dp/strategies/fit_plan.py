@@ -126,7 +126,7 @@ class FitPlan:
             )
         return calibrate(
             accountant,
-            lambda noise: self.ledger.histories(self._schedule(noise).releases(self.step, self._remaining)),
+            lambda noise: self.ledger.concerning(self._schedule(noise).releases(self.step, self._remaining)),
             target_epsilon=target,
             delta=self.terms.delta,
         )

@@ -231,3 +231,14 @@ class Stream(IterableDataset):
 def test_no_access_by_index(dataset):
     with pytest.raises(ldp.PrivacyConfigurationError, match="expected a dataset with __getitem__ and __len__"):
         ldp.PrivateDataset(dataset)
+
+
+@pytest.mark.parametrize("indices", [[0, 3, 0], [1, -5], [2, 2, 2]])
+def test_an_example_that_is_there_twice_is_not_two_units(indices):
+    subset = Subset(plain(), indices)
+    for dataset in (subset, Subset(ldp.PrivateDataset(plain()), indices), Subset(subset, [0, 1])):
+        if len({i % 6 for i in indices[: len(dataset)]}) < len(dataset):
+            with pytest.raises(ldp.PrivacyConfigurationError, match=r"Subset with example \d [23] times"):
+                units_of(dataset)
+    owned = ldp.PrivateDataset(subset, user_ids=[i % 6 for i in indices])
+    assert units_of(owned).num_units == len({i % 6 for i in indices})
