@@ -64,6 +64,7 @@ class Observer:
             UnsupportedModelError: If the model cannot be observed or a property of the check does not hold.
         """
         if not isinstance(keeping, BookKeeping):
+            self._initialize()
             return  # a sample that is alone in its batch depends on no other
         with uncompiled():  # also where autograd is compared: compiled code may draw other random numbers
             self._observe(keeping, trained, check)
