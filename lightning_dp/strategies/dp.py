@@ -29,8 +29,9 @@ class DPStrategy(PrivateHooks, DDPStrategy):
 
     Guarantee: no parameter update depends on the training data except through the clipped, noised sum; the reported
     epsilon is an upper bound on what all releases of the run and its resumes have spent, for adding or removing one
-    example; ``target_epsilon`` is never exceeded. What cannot be trained so is refused with an error. Not covered: what
-    training steps log, callbacks that read the data, validation data, and choices made after looking at results.
+    example, or one user with all of theirs if the data is a `PrivateDataset` with ``user_ids``; ``target_epsilon`` is
+    never exceeded. What cannot be trained so is refused with an error. Not covered: what training steps log, callbacks
+    that read the data, validation data, and choices made after looking at results.
 
     Args:
         target_epsilon: Budget in nats. Training never exceeds it; `PrivacyBudgetStopping` ends the fit before.
