@@ -12,7 +12,6 @@ that differ by one unit: an example, or a user. Reading order: ``phases``, ``rel
 from lightning_dp.accounting.accountants import resolve_accountant
 from lightning_dp.accounting.base import Accountant
 from lightning_dp.accounting.calibration import (
-    MAX_RELEASES,
     Histories,
     calibrate,
     calibrate_noise_multiplier,
@@ -32,6 +31,7 @@ from lightning_dp.accounting.pld import PLDAccountant
 from lightning_dp.accounting.prv import PRVAccountant
 from lightning_dp.accounting.rdp import RDPAccountant
 from lightning_dp.accounting.releases import Release, histories
+from lightning_dp.accounting.search import MAX_RELEASES
 
 __all__ = [
     "MAX_RELEASES",

@@ -1,7 +1,7 @@
 """From a privacy budget to a noise multiplier or a number of steps, and back.
 
-Owns: :func:`compute_epsilon`, :func:`calibrate_noise_multiplier`, :func:`max_steps` and the
-searches behind them. Does not own: any bound on epsilon (``prv``, ``rdp``), nor the stop itself (the strategy).
+Owns: :func:`compute_epsilon`, :func:`calibrate_noise_multiplier`, :func:`max_steps` and what
+is searched for. Does not own: any bound on epsilon (``prv``, ``rdp``), nor the stop itself (the strategy).
 
 All searches run over what the accountant returns, so that every answer holds for the very numbers that
 :func:`compute_epsilon` returns; DP-SGD's history is that of Abadi et al. 2016, algorithm 1:
@@ -22,20 +22,13 @@ from lightning_dp.accounting.phases import (
     check_target_epsilon,
 )
 from lightning_dp.accounting.rdp import RDPAccountant
-from lightning_dp.errors import PrivacyBudgetExceeded
+from lightning_dp.accounting.search import MOST_NOISE, largest, least_noise, translated
 
 Histories = Sequence[Sequence[Phase]]
 """What different units can have taken part in; the greatest of their epsilons counts."""
 
-MAX_RELEASES = 10**9
-"""The most releases any search answers; a budget that allows more is endless in practice."""
-
-# Calibration stops when epsilon is so near the target, or when the bracket of noise multipliers is so narrow.
-_EPSILON_TOLERANCE, _NOISE_TOLERANCE = 2e-3, 1e-9
-# Less noise than this is never returned: epsilon is 0 there only because the sample rate itself is below delta.
-_LEAST_NOISE = 1e-3
-# If even this much leaves epsilon above the target, the releases made before have spent it.
-_MOST_NOISE = 2.0**40
+# Calibration stops when epsilon is so near the target.
+_EPSILON_TOLERANCE = 2e-3
 
 
 def compute_epsilon(
@@ -165,10 +158,12 @@ def calibrate(
     def epsilon_by(of: Accountant) -> Callable[[float], float]:
         return lambda noise: greatest_epsilon(of, histories(noise), delta)
 
-    start = 1.0
-    if epsilon_by(RDPAccountant())(_MOST_NOISE) < target_epsilon:  # otherwise only a tighter one may find noise
-        start = _least_noise(epsilon_by(RDPAccountant()), target_epsilon, start=1.0, tolerance=0.02)
-    return _least_noise(epsilon_by(accountant), target_epsilon, start=start, tolerance=_EPSILON_TOLERANCE)
+    renyi, exact, start, known = epsilon_by(RDPAccountant()), epsilon_by(accountant), 1.0, math.inf
+    if renyi(MOST_NOISE) < target_epsilon:  # otherwise only a tighter one may find noise
+        known = least_noise(renyi, target_epsilon, start=1.0, tolerance=0.02)
+        aim = translated(target_epsilon * (1 - _EPSILON_TOLERANCE / 2), exact(known), renyi(known))
+        start = least_noise(renyi, aim, start=known, tolerance=_EPSILON_TOLERANCE / 4)
+    return least_noise(exact, target_epsilon, start=start, tolerance=_EPSILON_TOLERANCE, known=known)
 
 
 def max_further_releases(
@@ -197,60 +192,7 @@ def max_further_releases(
         return lambda further: greatest_epsilon(of, histories(further), delta)
 
     # The Renyi bound costs nothing and is never far off: it saves the grids of all lesser powers of two.
-    guess = _largest(epsilon_by(RDPAccountant()), target, guess=1)
-    return _largest(epsilon_by(accountant), target, guess=max(1, guess))
-
-
-def _least_noise(epsilon: Callable[[float], float], target: float, *, start: float, tolerance: float) -> float:
-    """About the least noise with ``epsilon(noise) <= target``; always one that was seen to satisfy it."""
-    enough, less, less_value, turn = start, 0.0, math.inf, 0
-    while (value := epsilon(enough)) > target:
-        if enough > _MOST_NOISE:
-            raise PrivacyBudgetExceeded(
-                f"no noise is enough for target_epsilon={target:g}: earlier releases alone have spent epsilon "
-                f"{value:.4g}. Give a larger target_epsilon, or begin a new run on other data."
-            )
-        enough *= 2
-    while value < (1 - tolerance) * target and enough > max(_LEAST_NOISE, less * (1 + _NOISE_TOLERANCE)):
-        turn += 1
-        # Every third guess halves the bracket, in case epsilon jumps and interpolation creeps.
-        ratio = math.log(less_value / value) if value > 0 and less_value < math.inf and turn % 3 else 0.0
-        aim = target * (1 - tolerance / 2)
-        if less == 0:
-            guess = max(_LEAST_NOISE, enough * max(0.5, value / aim))
-        else:
-            share = math.log(less_value / aim) / ratio if ratio else 0.5
-            guess = less * (enough / less) ** share
-        if (guess_value := epsilon(guess)) <= target:
-            enough, value = guess, guess_value
-        else:
-            less, less_value = guess, guess_value
-    return enough
-
-
-def _largest(epsilon: Callable[[int], float], target: float, *, guess: int) -> int:
-    """A count that fits while the next does not, by growing from a guess and then closing in; 0 if none fits."""
-    low, high, step = 0, guess, max(1, guess // 8)
-    while (value := epsilon(high)) <= target:
-        if high == MAX_RELEASES:
-            return high
-        low, high, step = high, min(high + step, MAX_RELEASES), 2 * step
-    if low == 0 and epsilon(0) > target:
-        return 0
-    return _close_in(epsilon, target, low, high, value)
-
-
-def _close_in(epsilon: Callable[[int], float], target: float, low: int, high: int, value: float) -> int:
-    """Shrink ``epsilon(low) <= target < epsilon(high)`` to neighbours: the Illinois method, or bisection."""
-    below, above, side = epsilon(low) - target, value - target, 0
-    while high - low > 1:
-        share = -below / (above - below) if math.isfinite(above) and side < 3 else 0.5
-        middle = min(high - 1, max(low + 1, low + round(share * (high - low))))
-        excess = epsilon(middle) - target
-        if excess <= 0:
-            low, below, above = middle, excess, above / 2 if side > 0 else above
-            side = max(side, 0) + 1
-        else:
-            high, above, below = middle, excess, below / 2 if side < 0 else below
-            side = min(side, 0) - 1
-    return low
+    renyi, exact = epsilon_by(RDPAccountant()), epsilon_by(accountant)
+    known = largest(renyi, target, guess=1)
+    aim = translated(target, exact(known), renyi(known)) if known else target
+    return largest(exact, target, guess=max(1, largest(renyi, aim, guess=max(1, known))), known=known)
