@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Journal, Ledger, RDPFilter
+from lightning_dp.accounting import Journal, Ledger, RDPFilter, journal_places
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
 from lightning_dp.errors import PrivacyError
@@ -233,8 +233,8 @@ class PrivateRun:
         mean_loss = self.settings.loss_reduction == "mean"
         return PrivateStep(trained, self._noise, mean_loss=mean_loss, statistics=self.statistics)
 
-    def put_into(self, checkpoint: dict[str, Any]) -> None:
-        """Put the ledger into a checkpoint that is about to be saved."""
+    def put_into(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Put the ledger into a checkpoint that is about to be saved, and where its journal will be."""
         terms = dict(self._agreed_by_now)
         if self._terms is not None:  # a crash may part the releases that follow from the next checkpoint
             terms[self._terms.partition] = self._terms
@@ -242,6 +242,7 @@ class PrivateRun:
             "version": 2,
             "ledger": self.ledger.state_dict(),
             "terms": [agreed.state_dict() for agreed in terms.values()],
+            "directory": str(path.parent.absolute()),
         }
         checkpoint[_CHECKPOINT_KEY] = {**state, **plain_record(self)}
 
@@ -262,7 +263,8 @@ class PrivateRun:
             self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
-        self._journal.read(path.parent, self.ledger)
+        beside, *others = journal_places(path, checkpoint.get(_CHECKPOINT_KEY, {}))
+        self._journal.read(beside, self.ledger, *others)
         released_from = {release.partition for release in self.ledger.counts}
         for terms in map(Terms.from_state, checkpoint.get(_CHECKPOINT_KEY, {}).get("terms", [])):
             if terms.partition in released_from:
