@@ -37,9 +37,15 @@ def _rows(strategy: DPStrategy) -> dict[str, str]:
         "epsilon spent": f"{strategy.epsilon:.4f}{of_target}",
         "delta": f"{strategy.delta:.3g}",
         "steps (noisy releases)": f"{strategy.num_releases}",
-        **(_kinds(strategy.releases()) if len(strategy.releases()) > 1 else _kind(strategy)),
+        **(_kind(strategy) if _is_all_present(strategy) else _kinds(strategy.releases())),
         "holds for": f"adding or removing one {_UNITS[strategy.unit or 'example']}",
     }
+
+
+def _is_all_present(strategy: DPStrategy) -> bool:
+    """Whether every release was as the next one would be: after a stage of a schedule none needs to be."""
+    mechanism = strategy._run.mechanism
+    return mechanism is not None and strategy.releases().keys() <= {mechanism.release}
 
 
 def _kind(strategy: DPStrategy) -> dict[str, str]:

@@ -30,6 +30,7 @@ from lightning_dp.accounting.phases import Phase, merge_phases
 from lightning_dp.accounting.pld import PLDAccountant
 from lightning_dp.accounting.prv import PRVAccountant
 from lightning_dp.accounting.rdp import RDPAccountant
+from lightning_dp.accounting.recovery import journal_places
 from lightning_dp.accounting.releases import Release, histories
 from lightning_dp.accounting.search import MAX_RELEASES
 
@@ -55,6 +56,7 @@ __all__ = [
     "epsilon_curve",
     "greatest_epsilon",
     "histories",
+    "journal_places",
     "max_further_releases",
     "max_steps",
     "merge_phases",

@@ -34,6 +34,7 @@ class Accountant(ABC):
         no release                     0
         any release with noise 0       ``inf``
         total variation below delta    0, unless ``adaptive``
+        a bound that is not a number   ``inf``
         more kinds than ``most_kinds`` of fewer, with less noise and larger rates: see :func:`coarsened`
         ============================== ==========================================================================
     """
@@ -84,7 +85,8 @@ class Accountant(ABC):
         # Not for an adaptive one: a filter watches one quantity, whichever way the run goes.
         if not merged or (not self.adaptive and _total_variation(merged) <= delta):
             return 0.0
-        return max(0.0, self._epsilon(coarsened(merged, self.most_kinds), delta))
+        bound = self._epsilon(coarsened(merged, self.most_kinds), delta)
+        return math.inf if math.isnan(bound) else max(0.0, bound)
 
     @abstractmethod
     def _epsilon(self, phases: tuple[Phase, ...], delta: float) -> float:

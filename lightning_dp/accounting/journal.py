@@ -50,8 +50,9 @@ class Journal:
         the number is smaller than before the reservation in full
         directory or journal copied, restored, put back   `PrivacyError` if more was released than they know; on another
                                                           machine in full, and what is later than the copy is missing
-        checkpoint moved without its journal              `PrivacyError` if that left releases out; on another machine
-                                                          only the checkpoint counts
+        checkpoint copied without its journal             found where the checkpoint says it was saved, if that is there
+        the same, and the journal is gone                 `PrivacyError` if a killed process released more; else, and
+                                                          on another machine, only the checkpoint counts
         two processes resumed from one checkpoint         both count, for whoever resumes from that directory later
         directory deleted meanwhile                       skipped: its checkpoints are gone too
         disk or memory full, read-only                    `PrivacyError` before the release
@@ -124,8 +125,8 @@ class Journal:
         self._written_by = ""
 
     @staticmethod
-    def read(directory: str | os.PathLike[str], ledger: Ledger) -> None:
-        """Join into ``ledger`` every journal in ``directory`` that continues its history, through chains of resumes.
+    def read(directory: str | os.PathLike[str], ledger: Ledger, *others: str | os.PathLike[str]) -> None:
+        """Join into ``ledger`` every journal there that continues its history, through chains of resumes.
 
         Two histories belong together if they share a segment. This process's own file is left out: the ledger knows
         better than its own reservation.
@@ -133,12 +134,13 @@ class Journal:
         Args:
             directory: Where the checkpoint was loaded from; nothing happens if there is no such directory.
             ledger: The history as the checkpoint knew it.
+            *others: Where else journals may be, such as where the checkpoint was copied from.
 
         Raises:
             PrivacyError: If a journal file cannot be read or is malformed; it names the file. If a process on this
                 machine is known to have made more releases than are now in the ledger.
         """
-        join_journals(Path(directory), ledger)
+        join_journals([Path(directory), *map(Path, others)], ledger)
 
     def _covers(self, ledger: Ledger, number: int, release: Release) -> bool:
         """Whether the release is reserved, on top of the very history that the ledger has."""

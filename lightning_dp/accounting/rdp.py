@@ -41,7 +41,7 @@ class RDPAccountant(Accountant):
 
     def _epsilon(self, phases: tuple[Phase, ...], delta: float) -> float:
         divergences = composed_divergences(phases)
-        return max(0.0, float(np.min(divergences + conversion(delta))))
+        return float(np.min(divergences + conversion(delta)))
 
 
 def conversion(delta: float) -> Array:

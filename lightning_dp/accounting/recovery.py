@@ -4,9 +4,10 @@ Owns: the names of journal files, reading them, and what is concluded from them 
 writing this process's own (``journal``), nor what a file says (``reservation``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lightning_dp.accounting.durable import replace_file
 from lightning_dp.accounting.exact_count import LastCount, last_count
@@ -22,9 +23,23 @@ def journal_path(directory: Path, segment: str) -> Path:
     return directory / f"{_PREFIX}{segment}{_SUFFIX}"
 
 
-def join_journals(directory: Path, ledger: Ledger) -> None:
-    """Join every journal in a directory that continues a history: see :meth:`Journal.read`."""
-    found = [_Found(path) for path in _journals(directory, but=ledger.own_segment)]
+def journal_places(path: Path, state: Mapping[str, Any]) -> list[Path]:
+    """Return where journals are that may continue a checkpoint: beside it, and where it was before it was copied.
+
+    Args:
+        path: Its file; of a link also what it leads to.
+        state: What this library put into it.
+    """
+    earlier = [Path(state["directory"])] if state.get("directory") else []
+    places: dict[Path, Path] = {}
+    for place in (path.parent, path.resolve().parent, *earlier):
+        places.setdefault(place.resolve(), place)
+    return list(places.values())
+
+
+def join_journals(directories: Sequence[Path], ledger: Ledger) -> None:
+    """Join every journal in some directories that continues a history: see :meth:`Journal.read`."""
+    found = [_Found(path) for place in directories for path in _journals(place, but=ledger.own_segment)]
     known = {one.segment: one.last for one in found}
     joined = True
     while joined:
@@ -33,7 +48,7 @@ def join_journals(directory: Path, ledger: Ledger) -> None:
         for one in related:
             ledger.merge(one.settled.state)
         joined = bool(related)
-    _check_complete(directory, ledger, known)
+    _check_complete(directories[0], ledger, known)
 
 
 def settle_journals(directory: Path, ledger: Ledger) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lightning_dp.accounting import Accountant, Journal, Ledger, RDPFilter, resolve_accountant
+from lightning_dp.accounting import Accountant, Journal, Ledger, RDPFilter, journal_places, resolve_accountant
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.plain import from_plain
 from lightning_dp.record import Point, Record, Watched
@@ -58,7 +58,8 @@ def report_of(checkpoint: Mapping[str, Any], path: Path, accountant: str | Accou
     chosen, ledger = _accountant(_ordered(accountant or record.accounting.accountant, state), record, path), Ledger()
     ledger.merge(state["ledger"])
     alone = AtCheckpoint(path.name, ledger.num_releases, spent(ledger.counts, chosen, record.accounting.delta))
-    Journal.read(path.parent, ledger)
+    beside, *others = journal_places(path, state)
+    Journal.read(beside, ledger, *others)
     return make_report(record, ledger.counts, chosen, _watched(checkpoint, path, alone), alone)
 
 

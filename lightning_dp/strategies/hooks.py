@@ -194,7 +194,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save the ledger in the checkpoint, and begin to keep the journal beside it."""
-        self._run.put_into(checkpoint)
+        self._run.put_into(checkpoint, Path(filepath))
         super().save_checkpoint(checkpoint, filepath, storage_options)
         self._run.keep_journal_beside(Path(filepath))
 

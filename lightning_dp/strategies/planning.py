@@ -27,3 +27,14 @@ def planned_steps(trainer: pl.Trainer, batches_per_epoch: int, steps_per_batch: 
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         limits.append(trainer.max_epochs * per_epoch)
     return max(1, min(limits)) if limits else None
+
+
+def next_step(trainer: pl.Trainer) -> int:
+    """Return the number of the logical batch that comes next, from 0 on.
+
+    Under manual optimization ``global_step`` counts the steps of all optimizers, of which a batch may have any number.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    processed: int = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+    return processed

@@ -17,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Journal, Ledger, RDPFilter
+from lightning_dp.accounting import Journal, Ledger, RDPFilter, journal_places
+from lightning_dp.accounting.delta import delta_for
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
 from lightning_dp.errors import PrivacyError
@@ -28,7 +29,7 @@ from lightning_dp.private_step import PrivateStep
 from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.fit_plan import FitPlan
-from lightning_dp.strategies.planning import planned_steps
+from lightning_dp.strategies.planning import next_step, planned_steps
 from lightning_dp.strategies.record import earlier_training, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.terms import Terms
@@ -120,7 +121,7 @@ class PrivateRun:
             user,
             units,
             sample_rate=lambda step: self.schedule.at(step).sample_rate,
-            first_step=lambda: trainer.global_step // max(1, optimizers),
+            first_step=lambda: next_step(trainer),
             num_batches=len(user),
             max_physical_batch_size=size,
             random=self._sampling,
@@ -147,7 +148,7 @@ class PrivateRun:
             announce: Whether to say which noise was calibrated.
         """
         assert self._user is not None, "the dataloader comes first"
-        settings, step = self.settings, trainer.global_step // steps_per_draw
+        settings = self.settings
         planned = planned_steps(trainer, len(self._user), steps_per_draw)
         terms = self._present_terms(settings.sample_rate(self._units, self._user.batch_size or 0, world_size))
         planning = FitPlan(
@@ -155,7 +156,7 @@ class PrivateRun:
             terms=terms,
             agreed=self._agreed,
             ledger=self.ledger,
-            step=step,
+            step=next_step(trainer),
             planned_steps=planned,
             releases_per_draw=releases_per_draw,
         )
@@ -171,7 +172,9 @@ class PrivateRun:
     def _present_terms(self, sample_rate: float) -> Terms:
         delta = self.settings.delta(self._units)
         if self.settings.target_delta is None:  # a default one must suit every dataset that was released from
-            delta = min([delta, *(agreed.delta for agreed in self._agreed.values())])
+            # Of what only a journal tells there are no terms.
+            others = [delta_for(None, release.num_units) for release in self.ledger.counts if release.num_units]
+            delta = min([delta, *others, *(agreed.delta for agreed in self._agreed.values())])
         accountant = self.settings.accountant_for(delta)
         return Terms(
             num_units=self._units.num_units,
@@ -233,8 +236,8 @@ class PrivateRun:
         mean_loss = self.settings.loss_reduction == "mean"
         return PrivateStep(trained, self._noise, mean_loss=mean_loss, statistics=self.statistics)
 
-    def put_into(self, checkpoint: dict[str, Any]) -> None:
-        """Put the ledger into a checkpoint that is about to be saved."""
+    def put_into(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Put the ledger into a checkpoint that is about to be saved, and where its journal will be."""
         terms = dict(self._agreed_by_now)
         if self._terms is not None:  # a crash may part the releases that follow from the next checkpoint
             terms[self._terms.partition] = self._terms
@@ -242,6 +245,7 @@ class PrivateRun:
             "version": 2,
             "ledger": self.ledger.state_dict(),
             "terms": [agreed.state_dict() for agreed in terms.values()],
+            "directory": str(path.parent.absolute()),
         }
         checkpoint[_CHECKPOINT_KEY] = {**state, **plain_record(self)}
 
@@ -262,7 +266,8 @@ class PrivateRun:
             self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
-        self._journal.read(path.parent, self.ledger)
+        beside, *others = journal_places(path, checkpoint.get(_CHECKPOINT_KEY, {}))
+        self._journal.read(beside, self.ledger, *others)
         released_from = {release.partition for release in self.ledger.counts}
         for terms in map(Terms.from_state, checkpoint.get(_CHECKPOINT_KEY, {}).get("terms", [])):
             if terms.partition in released_from:

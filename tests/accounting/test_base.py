@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lightning_dp.accounting import (
+    Accountant,
     Phase,
     PLDAccountant,
     PRVAccountant,
@@ -37,6 +38,17 @@ def test_edges(accountant):
 def test_bad_delta(accountant, delta):
     with pytest.raises(PrivacyConfigurationError, match=r"delta=.*expected a probability in \(0, 1\)"):
         accountant.epsilon([Phase(1.0, 0.1, 1)], delta)
+
+
+@pytest.mark.parametrize(("bound", "epsilon"), [(math.nan, math.inf), (math.inf, math.inf), (-1.0, 0.0), (2.0, 2.0)])
+def test_what_is_no_number_is_no_bound(bound, epsilon):
+    class Own(Accountant):
+        name = "own"
+
+        def _epsilon(self, phases, delta):
+            return bound
+
+    assert Own().epsilon([Phase(1.0, 0.1, 1)], 1e-5) == epsilon
 
 
 def test_resolve():

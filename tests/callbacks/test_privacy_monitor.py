@@ -56,6 +56,14 @@ def test_the_summary_tells_what_was_spent(capsys):
     assert "Privacy summary" not in capsys.readouterr().out
 
 
+def test_the_summary_is_of_what_was_released_not_of_what_would_come_next(capsys):
+    dp = ldp.DPStrategy(noise_multiplier=1.5, schedule=[ldp.Stage(3), ldp.Stage(3, noise_factor=2.0)])
+    trainer(dp, callbacks=[ldp.PrivacyMonitor()]).fit(Regression(), loader())
+    printed = capsys.readouterr().out
+    assert "3 × 1.5 at 0.25" in printed
+    assert dp.noise_multiplier == 3.0
+
+
 def test_longer_than_planned(tmp_path):
     strategy = ldp.DPStrategy(noise_multiplier=50.0)
     fit = trainer(strategy, max_steps=-1, max_epochs=-1, callbacks=[ldp.PrivacyMonitor()], limit_train_batches=1)

@@ -1,12 +1,14 @@
 """Checkpoints: ordinary ones, with the ledger in them; nothing released is ever forgotten."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_dp as ldp
+from lightning_dp.reporting import read_report
 from tests.models import Regression, loader, trainer
 
 
@@ -84,6 +86,38 @@ def test_an_older_checkpoint_does_not_forget_later_releases(tmp_path):
     fresh = ldp.DPStrategy(noise_multiplier=1.0)
     trainer(fresh, max_steps=4).fit(Regression(), loader(), ckpt_path=older)
     assert fresh.num_releases == 14  # all ten, the two of the first resume, and its own two
+
+
+@pytest.mark.parametrize("way", ["copy", "link"])
+def test_a_copy_of_an_older_checkpoint_does_not_forget_later_releases(tmp_path, way):
+    """Such as of the best one, which is then refined; that the run ended as it should leaves its journal only."""
+    original, elsewhere = tmp_path / "original", tmp_path / "elsewhere"
+    first = ldp.DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
+    fit = trainer(first, max_steps=10, callbacks=[ModelCheckpoint(original, every_n_train_steps=3, save_top_k=-1)])
+    fit.fit(Regression(), loader())
+    (path,) = original.glob("*step=3.ckpt")
+    elsewhere.mkdir()
+    if way == "copy":
+        shutil.copy(path, elsewhere / "a.ckpt")
+    else:
+        saved_there = torch.load(path)
+        del saved_there["lightning_dp"]["directory"]  # the link alone leads there
+        torch.save(saved_there, path)
+        (elsewhere / "a.ckpt").symlink_to(path)
+    dp = ldp.DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
+    trainer(dp, max_steps=5).fit(Regression(), loader(), ckpt_path=elsewhere / "a.ckpt")
+    assert dp.num_releases == 12
+    assert read_report(elsewhere / "a.ckpt").privacy.num_releases == 12  # by the journal of the second run
+
+
+def test_a_copy_whose_original_is_gone_knows_its_own_releases(tmp_path):
+    original, elsewhere = tmp_path / "original", tmp_path / "elsewhere"
+    original.mkdir()
+    saved(original / "a.ckpt")
+    original.rename(elsewhere)
+    dp = ldp.DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
+    trainer(dp, max_steps=5).fit(Regression(), loader(), ckpt_path=elsewhere / "a.ckpt")
+    assert dp.num_releases == 5
 
 
 def test_loading_for_a_test_counts_nothing(tmp_path):

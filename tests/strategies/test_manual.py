@@ -218,6 +218,24 @@ def test_both_releases_are_counted_together_after_the_dataloader_was_reloaded():
     assert strategy.record().mechanism.releases_per_draw == 2
 
 
+def test_a_schedule_counts_batches_however_often_optimizers_step(tmp_path):
+    class Twice(FeatureMatching):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            self.step_of(self.optimizers()[1], lambda: self.discriminator_loss(batch[0], self.noise(batch[0])))
+
+    def fit_of(max_epochs, **resumed):
+        schedule = [ldp.Stage(4), ldp.Stage(2, noise_factor=2.0)]
+        strategy = ldp.DPStrategy(noise_multiplier=3**0.5, schedule=schedule)
+        fit = trainer(strategy, max_epochs=max_epochs, max_steps=-1)
+        fit.fit(Twice().double(), real_samples(batch_size=4), **resumed)
+        fit.save_checkpoint(tmp_path / "a.ckpt")
+        return [(pytest.approx(r.noise_multiplier), n) for r, n in strategy.releases().items()]
+
+    assert fit_of(max_epochs=1) == [(1.0, 3)]
+    assert fit_of(max_epochs=2, ckpt_path=tmp_path / "a.ckpt") == [(1.0, 4), (2.0, 2)]
+
+
 def test_calibration_allows_for_both_releases():
     strategy = fit(FeatureMatching().double(), noise_multiplier=None, target_epsilon=3.0, max_epochs=4)
     one = ldp.calibrate_noise_multiplier(target_epsilon=3.0, target_delta=strategy.delta, sample_rate=1.0, num_steps=4)

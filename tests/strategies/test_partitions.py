@@ -218,6 +218,17 @@ def test_terms_outlive_a_checkpoint_that_knows_nothing_of_them(tmp_path):
         fits.on(undeclared(n=19), 2, ckpt_path=tmp_path / "public.ckpt")
 
 
+def test_a_default_delta_suits_data_that_only_a_journal_tells_of(tmp_path):
+    dp = ldp.DPStrategy(noise_multiplier=1.0, changed_settings="new_phase")
+    fits = Fits(dp).on(undeclared(), 2)
+    fits.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fits.on(undeclared(n=100), 2)
+    again = ldp.DPStrategy(noise_multiplier=1.0, changed_settings="new_phase")
+    Fits(again).on(undeclared(), 1, 2, ckpt_path=tmp_path / "a.ckpt")
+    assert spent(again) == [(None, 20, 1.0, 3), (None, 100, 1.0, 2)]
+    assert again.delta == 1 / 1000
+
+
 def test_partitions_that_take_turns_in_one_fit():
     class Turns(Regression):
         def train_dataloader(self):
