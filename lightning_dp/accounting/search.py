@@ -45,7 +45,7 @@ def least_noise(
         epsilon: Falls as the noise grows.
         target: In nats, above 0.
         start: A guess, above 0.
-        tolerance: Epsilon is above ``(1 - tolerance) * target``, unless it jumps there.
+        tolerance: Epsilon is above ``(1 - tolerance) * target``, or twice as far if it jumps, unless by more than that.
         known: A noise that is perhaps enough: tried if a little more than ``start`` is not.
 
     Raises:
@@ -76,11 +76,12 @@ def _narrowed(
     tolerance: float,
 ) -> float:
     """Shrink ``epsilon(enough) <= target < epsilon(less)`` until epsilon is near the target."""
-    turn, aim = 0, target * (1 - tolerance / 2)
-    while value < (1 - tolerance) * target and enough > max(_LEAST_NOISE, less * (1 + _NOISE_TOLERANCE)):
+    turn, aim, slack = 0, target * (1 - tolerance / 2), tolerance
+    while value < (1 - slack) * target and enough > max(_LEAST_NOISE, less * (1 + _NOISE_TOLERANCE)):
         turn += 1
-        # Every third guess halves the bracket, in case epsilon jumps and interpolation creeps.
-        ratio = math.log(less_value / value) if value > 0 and less_value < math.inf and turn % 3 else 0.0
+        # Where epsilon is smooth, three guesses are enough. Where it jumps, interpolation creeps: halve the bracket.
+        smooth = turn <= 3 and value > 0 and less_value < math.inf
+        ratio, slack = math.log(less_value / value) if smooth else 0.0, tolerance if turn <= 3 else 2 * tolerance
         if less == 0:
             guess = max(_LEAST_NOISE, enough * max(0.5, value / aim))
         else:
