@@ -63,9 +63,10 @@ class Mechanism:
 
     def scaled(self, noise_factor: float, batch_size_factor: float) -> Mechanism:
         """Return the mechanism with multiples of this one's noise and batch size."""
+        rate = self.sample_rate * batch_size_factor
         return replace(
             self,
             noise_multiplier=self.noise_multiplier * noise_factor,
-            sample_rate=self.sample_rate * batch_size_factor,
+            sample_rate=1.0 if math.isclose(rate, 1.0, rel_tol=1e-9) else rate,  # 49 * (1 / 49) is not quite 1
             expected_batch_size=self.expected_batch_size * batch_size_factor,
         )

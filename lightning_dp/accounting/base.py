@@ -19,6 +19,10 @@ from lightning_dp.accounting.phases import Phase, check_delta, check_target_epsi
 _STEPS = tuple(2.0**power for power in range(-10, 7))
 
 
+# Squares of less and of more noise leave the range of floats: less counts as none, more as this much.
+_NO_NOISE, _MOST_NOISE = 1e-100, 1e100
+
+
 class Accountant(ABC):
     """An upper bound on epsilon for composed releases of the Poisson-sampled Gaussian mechanism.
 
@@ -80,11 +84,14 @@ class Accountant(ABC):
         """
         delta = check_delta("delta", delta)
         merged = tuple(sorted(merge_phases(phases), key=lambda phase: phase.kind))
-        if any(phase.noise_multiplier == 0 for phase in merged):
+        if any(phase.noise_multiplier < _NO_NOISE for phase in merged):
             return math.inf
         # Not for an adaptive one: a filter watches one quantity, whichever way the run goes.
         if not merged or (not self.adaptive and _total_variation(merged) <= delta):
             return 0.0
+        merged = merge_phases(
+            Phase(min(p.noise_multiplier, _MOST_NOISE), p.sample_rate, p.num_releases) for p in merged
+        )
         bound = self._epsilon(coarsened(merged, self.most_kinds), delta)
         return math.inf if math.isnan(bound) else max(0.0, bound)
 

@@ -77,7 +77,10 @@ class FitPlan:
 
     def _noise_multiplier(self, accountant: Accountant) -> float:
         given, before = self.settings.noise_multiplier, self.before
-        changes = [] if before is None else self.terms.differences(before, noise_is_given=given is not None)
+        delta_is_given = self.settings.target_delta is not None
+        changes = []
+        if before is not None:
+            changes = self.terms.differences(before, noise_is_given=given is not None, delta_is_given=delta_is_given)
         self._check(changes)
         if given is not None:
             self._check_first_step(accountant, float(given))

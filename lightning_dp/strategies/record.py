@@ -62,6 +62,11 @@ def earlier_training(state: Mapping[str, Any]) -> TrainingRecord | None:
     return from_plain(Record, state["record"]).training if "record" in state else None
 
 
+def earlier_releases_per_draw(state: Mapping[str, Any]) -> int:
+    """Return how many releases each draw gave in the fit before a checkpoint; 1 if the checkpoint does not know."""
+    return from_plain(Record, state["record"]).mechanism.releases_per_draw if "record" in state else 1
+
+
 def training_record(module: pl.LightningModule, run: PrivateRun, found: Found, keeping: Keeping) -> TrainingRecord:
     """Return what a fit trains.
 

@@ -30,7 +30,7 @@ from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.fit_plan import FitPlan
 from lightning_dp.strategies.planning import next_step, planned_steps
-from lightning_dp.strategies.record import earlier_training, plain_record, record_of
+from lightning_dp.strategies.record import earlier_releases_per_draw, earlier_training, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.terms import Terms
 
@@ -60,6 +60,7 @@ class PrivateRun:
         # present terms were settled.
         self._agreed: dict[str | None, Terms] = {}
         self._released_before = 0
+        self._releases_per_draw = 1
         self._journal = Journal()
         self.training: TrainingRecord | None = None
         self._noise, self._sampling = SecretRandom(), SecretRandom()
@@ -113,7 +114,10 @@ class PrivateRun:
         self._agreed, self._released_before = self._agreed_by_now, self.ledger.num_releases
         module, optimizers = trainer.lightning_module, len(trainer.strategy.optimizers)
         manual = not module.automatic_optimization
-        self.settle(trainer, world_size, steps_per_draw=max(1, optimizers), announce=not manual)
+        known = self._releases_per_draw if manual else 1  # a resumed fit may have nothing left for as many
+        self.settle(
+            trainer, world_size, releases_per_draw=known, steps_per_draw=max(1, optimizers), announce=not manual
+        )
         size = self.settings.physical_batch_size(user.batch_size or 1, units)
         if manual:
             size = self.settings.undivided_batch_size(units, self.schedule.largest_rate)
@@ -166,6 +170,7 @@ class PrivateRun:
         if trusted is not accountant:
             self._schedule, self._budget = planning.settled(trusted, self._journal)
         self._terms = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
+        self._releases_per_draw = releases_per_draw
         if announce:
             self._announce(self._schedule.base, self._budget)
 
@@ -264,6 +269,7 @@ class PrivateRun:
         if _CHECKPOINT_KEY in checkpoint:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
             self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])
+            self._releases_per_draw = earlier_releases_per_draw(checkpoint[_CHECKPOINT_KEY])
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         beside, *others = journal_places(path, checkpoint.get(_CHECKPOINT_KEY, {}))

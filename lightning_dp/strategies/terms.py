@@ -40,19 +40,20 @@ class Terms:
     filter_target: float | None = None
     filter_order: float | None = None
 
-    def differences(self, before: Terms, *, noise_is_given: bool) -> list[str]:
+    def differences(self, before: Terms, *, noise_is_given: bool, delta_is_given: bool) -> list[str]:
         """Say what is other than before.
 
         Args:
             before: Earlier terms, of the same partition or of data that this one may have units in common with.
             noise_is_given: Whether the noise multiplier is the user's; otherwise it is the one from before.
+            delta_is_given: Whether delta is the user's; otherwise it is at most the one from before.
         """
         found = [
             f"{words} is now {_shown(now)} and was {_shown(then)}"
             for words, now, then in (
                 ("the size of the training data", self.num_units, before.num_units),
                 ("the sample rate", self.sample_rate, before.sample_rate),
-                ("target_delta", self.delta, before.delta),
+                *([("target_delta", self.delta, before.delta)] if delta_is_given else []),
                 *([("noise_multiplier", self.noise_multiplier, before.noise_multiplier)] if noise_is_given else []),
             )
             if not math.isclose(now, then, rel_tol=1e-9)

@@ -116,3 +116,10 @@ def test_coarsening_costs_little():
     least = float(np.min(exact + conversion(1e-5)))
     coarse = composed_divergences(coarsened(phases, 32))
     assert least <= float(np.min(coarse + conversion(1e-5))) <= 1.04 * least
+
+
+@pytest.mark.parametrize("accountant", ACCOUNTANTS, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_noise_whose_square_is_no_float(accountant, rate):
+    assert accountant.epsilon([Phase(1e-200, rate, 3)], 1e-5) == math.inf
+    assert accountant.epsilon([Phase(1e160, rate, 3)], 1e-5) <= accountant.epsilon([Phase(1e90, rate, 3)], 1e-5) < 5

@@ -591,3 +591,21 @@ def test_a_generator_that_steps_now_and_then_does_not_end_the_budget_early():
     assert fit.global_step == 24
     assert strategy.num_releases == 18  # three epochs of six batches, in each of which the generator steps twice
     assert 2.3 < strategy.epsilon <= 3.0
+
+
+def test_a_resumed_fit_knows_how_many_releases_a_draw_gives(tmp_path):
+    """Before its first step: nothing is left of the budget, and the fit ends there."""
+
+    def run(strategy, **arguments):
+        at = trainer(strategy, max_epochs=50, max_steps=-1, callbacks=[ldp.PrivacyBudgetStopping()])
+        at.fit(FeatureMatching().double(), real_samples(), **arguments)
+        return at
+
+    settings = {"noise_multiplier": 4.0, "target_epsilon": 3.0, "target_delta": 1e-3}
+    first = ldp.DPStrategy(**settings)
+    run(first).save_checkpoint(tmp_path / "a.ckpt")
+    assert first.num_releases > 1
+    again = ldp.DPStrategy(**settings)
+    run(again, ckpt_path=tmp_path / "a.ckpt")
+    assert (again.num_releases, again.budget.releases_left) == (first.num_releases, 0)
+    assert again.noise_multiplier == 4.0

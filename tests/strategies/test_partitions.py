@@ -249,3 +249,12 @@ def test_users_have_partitions_too():
         fits.on(DataLoader(data, batch_size=20), 3)
     assert spent(dp) == [("a", 10, 1.0, 3), ("b", 10, 1.0, 3)]
     assert_epsilon(dp, exact(3))
+
+
+def test_a_default_delta_that_shrank_is_no_change():
+    dp = ldp.DPStrategy(noise_multiplier=1.0)
+    fits = Fits(dp)
+    for data in (part("a"), part("b", n=100), part("a")):
+        fits.on(data, 1)
+    assert dp.delta == pytest.approx(1e-3)
+    assert dp.num_releases == 3

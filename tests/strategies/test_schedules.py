@@ -280,3 +280,10 @@ def test_a_plan_counts_the_schedule(capsys):
     assert found.epsilon == found.epsilon_after(12)
     assert (found.batches, found.noise_for) == ((), ())
     assert "Noise and batch size follow a schedule: no other is shown." in capsys.readouterr().out
+
+
+def test_a_stage_may_take_all_examples():
+    """49 * (1 / 49) is not quite 1."""
+    dp = ldp.DPStrategy(noise_multiplier=5.0, target_delta=1e-3, schedule=[ldp.Stage(1), ldp.Stage(1, 1.0, 49.0)])
+    trainer(dp, max_steps=2).fit(Regression(), loader(n=49, batch_size=1))
+    assert counted(dp) == [(1 / 49, 5.0, 1), (1.0, 5.0, 1)]
