@@ -77,7 +77,7 @@ def test_checkpoint_and_configuration_hold_no_noise_state(tmp_path):
     fit.fit(Regression(), loader())
     fit.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert set(saved["lightning_dp"]) == {"version", "ledger", "terms", "record"}
+    assert set(saved["lightning_dp"]) == {"version", "ledger", "terms", "directory", "record"}
     assert not any("rng" in key or "generator" in key for key in saved)
 
 
