@@ -21,6 +21,8 @@ _LEAST_NOISE = 1e-3
 _NOISE_TOLERANCE = 1e-9
 # A guess that is too low is mostly too low by little.
 _FIRST_GROWTH = 1.01
+# The most by which a count grows at once.
+_LONGEST_LEAP = 64.0
 # By which part of itself a guess is first moved up or down.
 _PARTS = 256
 
@@ -106,10 +108,12 @@ def largest(epsilon: Callable[[int], float], target: float, *, guess: int, known
     low = high = guess
     step = max(1, guess // _PARTS)
     if epsilon(guess) <= target:
-        while epsilon(high) <= target:
+        while (value := epsilon(high)) <= target:
             if high == MAX_RELEASES:
                 return high
-            low, high, step = high, min(high + step, MAX_RELEASES), 2 * step
+            # Epsilon grows about with the root of the count, or faster where it is large.
+            ahead = min(_LONGEST_LEAP, (target / value) ** 2) if value > 0 else _LONGEST_LEAP
+            low, high, step = high, min(max(high + step, int(high * ahead)), MAX_RELEASES), 2 * step
         return _close_in(epsilon, target, low, high)
     for low in (max(0, guess - step), min(known, max(0, guess - step)), 0):
         if epsilon(low) <= target:
