@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from lightning_dp.accounting import Release
 from lightning_dp.clipping import Clipping
@@ -55,9 +56,9 @@ class Mechanism:
         """
         return self.noise_multiplier / math.sqrt(self.releases_per_draw)
 
-    @property
+    @cached_property
     def release(self) -> Release:
-        """What the ledger keeps of all releases from one draw."""
+        """What the ledger keeps of all releases from one draw; the same object in every step."""
         noise = self.accounted_noise_multiplier
         return Release(noise, self.sample_rate, self.num_units, self.unit, self.partition)
 

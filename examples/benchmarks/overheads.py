@@ -39,13 +39,16 @@ TIMED = {
 }
 
 
-class Sleeping(pl.LightningModule):
+class Busy(pl.LightningModule):
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.net, self.seconds = nn.Linear(2, 1), seconds
+        self.work = torch.randn(64, 64)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        time.sleep(self.seconds)
+        end = time.perf_counter() + self.seconds
+        while time.perf_counter() < end:  # busy, as training is: a processor that slept is slow for a while
+            torch.mm(self.work, self.work)
         return self.net(batch[0]).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -97,7 +100,7 @@ def fit(steps: int, step_seconds: float, history: int, parent: Path, times: Time
             enable_checkpointing=False,
         )
         dataset = TensorDataset(torch.randn(1000, 2))
-        trainer.fit(Sleeping(step_seconds), DataLoader(dataset, batch_size=10, shuffle=True))
+        trainer.fit(Busy(step_seconds), DataLoader(dataset, batch_size=10, shuffle=True))
 
 
 def report(name: str, times: Times, steps: int, step_seconds: float) -> None:

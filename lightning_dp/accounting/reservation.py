@@ -119,7 +119,7 @@ class Pace:
         seconds: The longest a reservation is meant to last while 1 % of the releases are fewer.
     """
 
-    def __init__(self, share: float = 0.005, seconds: float = 2.0) -> None:
+    def __init__(self, share: float = 0.001, seconds: float = 2.0) -> None:
         """Know nothing of disk and steps."""
         self._share, self._seconds = share, seconds
         self._began: float | None = None

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_dp.callbacks.strategy import private_strategy
 from lightning_dp.summary import print_summary
 
-_REFRESH = 0.25  # seconds
+_REFRESH = 1.0  # seconds
 
 
 class PrivacyMonitor(pl.Callback):
@@ -36,11 +36,11 @@ class PrivacyMonitor(pl.Callback):
     ) -> None:
         """Log what is spent and what is left, if somebody is going to look.
 
-        A value takes a millisecond of Lightning's to log, so this is done when a logger is due, and else a few times a
-        second, for the progress bar: Lightning keeps the last value.
+        A value takes a millisecond of Lightning's to log, so this is done when a logger is due, and else once a second,
+        for the progress bar: Lightning keeps the last value.
         """
-        now, due = time.monotonic(), trainer._logger_connector.should_update_logs or batch_idx == 0
-        if not due and now - self._logged < _REFRESH:
+        now, due = time.monotonic(), bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+        if not due and batch_idx > 0 and now - self._logged < _REFRESH:
             return
         self._logged = now
         strategy = private_strategy(trainer, self)

@@ -31,10 +31,11 @@ def simulated(monkeypatch, steps, step, write):
 
 @pytest.mark.parametrize("step", [0.001, 0.01, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("write", [0.0001, 0.001, 0.009])
-def test_writing_takes_half_a_per_cent_and_no_more_is_reserved_than_that_needs(monkeypatch, step, write):
+def test_writing_takes_a_thousandth_and_no_more_is_reserved_than_that_needs(monkeypatch, step, write):
+    """A slow disk may take more, rather than that more than two seconds are reserved."""
     blocks, share = simulated(monkeypatch, 100_000, step, write)
-    assert share <= 0.006
-    assert max(blocks) <= 1.001 + write / 0.005 / step
+    assert share <= 1.2 * max(0.001, write / 2)
+    assert max(blocks) <= 1.001 + write / 0.001 / step
 
 
 def test_a_slow_disk_gets_two_seconds_or_one_per_cent(monkeypatch):
