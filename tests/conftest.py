@@ -17,6 +17,7 @@ THIRD_PARTY = (
     r"ignore:The number of training batches",
     r"ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
     r"ignore:Checkpoint directory .* exists and is not empty",
+    r"ignore:No seed found",  # of LightningCLI, unless another test in the same process has set one
 )
 
 
