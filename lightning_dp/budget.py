@@ -7,7 +7,6 @@ Owns: the comparison of the ledger with the target, and the order of booking. Do
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 
 from lightning_dp.accounting import (
@@ -94,10 +93,8 @@ class PrivacyBudget:
         Epsilon grows with every step, so what is reported then exceeds the target at no earlier step either.
         """
         ends = [end for end in (self._planned, self._allowed) if end is not None]
-        checked, limit = (
-            cross_checked(self.accountant),
-            math.inf if self.target_epsilon is None else self.target_epsilon,
-        )
+        checked = cross_checked(self.accountant)
+        limit = math.inf if self.target_epsilon is None else self.target_epsilon
         for phases in self._histories(min(ends, default=1)):
             trusted = checked.trusted(phases, self.delta, limit)
             if trusted is not self.accountant:
@@ -122,13 +119,10 @@ class PrivacyBudget:
 
     def forecaster(self) -> Callable[[int], float]:
         """Return `epsilon_after` as it is now: what is released later does not change it."""
-        made, step, schedule = Counter(self._ledger.counts), self.step, self._schedule
-
-        def epsilon_after(num_steps: int) -> float:
-            releases = made + Counter(schedule.releases(step, num_steps))
-            return greatest_epsilon(self.accountant, histories(releases), self.delta)
-
-        return epsilon_after
+        made, step, schedule = self._ledger.counts, self.step, self._schedule
+        return lambda num_steps: greatest_epsilon(
+            self.accountant, histories(made, schedule.releases(step, num_steps)), self.delta
+        )
 
     def check_next(self, step: int | None = None) -> None:
         """Raise if the next release would exceed the target.
@@ -164,9 +158,7 @@ class PrivacyBudget:
 
     def _histories(self, num_steps: int) -> Histories:
         """Return what units will have taken part in so many steps after the first."""
-        counts = Counter(self._before)
-        counts.update(self._schedule.releases(self._first_step, num_steps))
-        return histories(counts)
+        return histories(self._before, self._schedule.releases(self._first_step, num_steps))
 
     def _further_releases(self) -> int | None:
         if self.target_epsilon is None:

@@ -10,7 +10,6 @@ release.
 
 import os
 import uuid
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,9 +79,7 @@ class Ledger:
         Args:
             more: Releases to come, which are counted too.
         """
-        counts = Counter(self.counts)
-        counts.update(more or {})
-        return histories(counts)
+        return histories(self.counts, more or {})
 
     def concerning(self, more: Mapping[Release, int]) -> tuple[tuple[Phase, ...], ...]:
         """What units can have taken part in that releases to come concern; those of other partitions are left out.
@@ -91,9 +88,8 @@ class Ledger:
             more: Releases to come, which are counted too.
         """
         named = {release.partition for release in more}
-        counts = Counter(more)
-        counts.update({r: n for r, n in self.counts.items() if None in named or r.partition in (None, *named)})
-        return histories(counts)
+        made = {r: n for r, n in self.counts.items() if None in named or r.partition in (None, *named)}
+        return histories(made, more)
 
     @property
     def num_releases(self) -> int:

@@ -79,21 +79,22 @@ class Release:
         return cls(**values), count
 
 
-def histories(counts: Mapping[Release, int]) -> tuple[tuple[Phase, ...], ...]:
+def histories(*counts: Mapping[Release, int]) -> tuple[tuple[Phase, ...], ...]:
     """What a unit can have taken part in: all releases without a partition, and those of one partition.
 
     Parallel composition (McSherry 2009, theorem 4): mechanisms on disjoint data sets cost the maximum, not the sum.
     Neighbouring data differ by one unit here, which is in one partition only.
 
     Args:
-        counts: How many releases there were of each kind.
+        *counts: How many releases there were of each kind, and how many more there will be.
 
     Returns:
         One sequence of phases for each partition, or one in all if none is named; epsilon is the greatest of theirs.
     """
-    partitions: set[str | None] = {release.partition for release in counts if release.partition is not None}
+    releases = [(release, n) for several in counts for release, n in several.items()]
+    partitions: set[str | None] = {release.partition for release, _ in releases if release.partition is not None}
     return tuple(
-        merge_phases(release.times(n) for release, n in counts.items() if release.partition in (None, partition))
+        merge_phases(release.times(n) for release, n in releases if release.partition in (None, partition))
         for partition in sorted(partitions, key=str) or [None]
     )
 

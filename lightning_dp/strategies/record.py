@@ -57,14 +57,9 @@ def plain_record(run: PrivateRun) -> dict[str, Any]:
     return {} if record is None else {"record": to_plain(record)}
 
 
-def earlier_training(state: Mapping[str, Any]) -> TrainingRecord | None:
-    """Return what the fit before a checkpoint trained, if the checkpoint knows."""
-    return from_plain(Record, state["record"]).training if "record" in state else None
-
-
-def earlier_releases_per_draw(state: Mapping[str, Any]) -> int:
-    """Return how many releases each draw gave in the fit before a checkpoint; 1 if the checkpoint does not know."""
-    return from_plain(Record, state["record"]).mechanism.releases_per_draw if "record" in state else 1
+def earlier_record(state: Mapping[str, Any]) -> Record | None:
+    """Return the facts about the fit before a checkpoint, if the checkpoint knows them."""
+    return from_plain(Record, state["record"]) if "record" in state else None
 
 
 def training_record(module: pl.LightningModule, run: PrivateRun, found: Found, keeping: Keeping) -> TrainingRecord:

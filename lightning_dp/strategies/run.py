@@ -30,7 +30,7 @@ from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.fit_plan import FitPlan
 from lightning_dp.strategies.planning import next_step, planned_steps
-from lightning_dp.strategies.record import earlier_releases_per_draw, earlier_training, plain_record, record_of
+from lightning_dp.strategies.record import earlier_record, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.terms import Terms
 
@@ -268,8 +268,9 @@ class PrivateRun:
         self._agreed = dict(self._agreed_by_now)  # also of a fit of this process that the checkpoint knows nothing of
         if _CHECKPOINT_KEY in checkpoint:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
-            self.training = self.training or earlier_training(checkpoint[_CHECKPOINT_KEY])
-            self._releases_per_draw = earlier_releases_per_draw(checkpoint[_CHECKPOINT_KEY])
+            earlier = earlier_record(checkpoint[_CHECKPOINT_KEY])
+            self.training = self.training or (earlier.training if earlier else None)
+            self._releases_per_draw = earlier.mechanism.releases_per_draw if earlier else 1
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         beside, *others = journal_places(path, checkpoint.get(_CHECKPOINT_KEY, {}))
