@@ -46,6 +46,7 @@ class Journal:
         resumed on another machine, in another container, in full: it is not there
         by another user, or not on Linux
         the process is still running                      in full: it may make them yet
+        no memory was left for the number                 in full
         the number is torn, of another process or boot    in full
         the number is smaller than before the reservation in full
         directory or journal copied, restored, put back   `PrivacyError` if more was released than they know; on another
@@ -55,7 +56,7 @@ class Journal:
                                                           on another machine, only the checkpoint counts
         two processes resumed from one checkpoint         both count, for whoever resumes from that directory later
         directory deleted meanwhile                       skipped: its checkpoints are gone too
-        disk or memory full, read-only                    `PrivacyError` before the release
+        disk full or read-only                            `PrivacyError` before the release
         forked process, copy of this object               keeps a record of its own
         ================================================= ============================================================
     """
@@ -96,14 +97,12 @@ class Journal:
             PrivacyConfigurationError: If ``block`` or ``cap`` is below 1.
             PrivacyError: If a file cannot be written; the release must not be made then.
         """
-        most = None if block is None else _at_least_one("block", block)
-        limit = None if cap is None else _at_least_one("cap", cap)
-        number = ledger.num_own + 1
-        if self._directories and not self._covers(ledger, number, release):
-            ahead = self._pace.block(number - 1) if most is None else most
-            ahead = ahead if limit is None else min(ahead, limit)
+        number, segment = ledger.num_own + 1, ledger.own_segment
+        if self._directories and not self._covers(ledger, segment, number, release):
+            ahead = self._pace.block(number - 1) if block is None else _at_least_one("block", block)
+            ahead = ahead if cap is None else min(ahead, _at_least_one("cap", cap))
             self._reserve(Reservation.of(ledger, release, ahead), ledger)
-        if self._count is not None and self._count.segment == ledger.own_segment:
+        if self._count is not None and self._count.segment == segment:
             self._count.write(number)
 
     def close(self, ledger: Ledger) -> None:
@@ -142,10 +141,10 @@ class Journal:
         """
         join_journals([Path(directory), *map(Path, others)], ledger)
 
-    def _covers(self, ledger: Ledger, number: int, release: Release) -> bool:
+    def _covers(self, ledger: Ledger, segment: str, number: int, release: Release) -> bool:
         """Whether the release is reserved, on top of the very history that the ledger has."""
         reserved = self._reserved
-        if reserved is None or reserved.segment != ledger.own_segment or self._revision != ledger.revision:
+        if reserved is None or reserved.segment != segment or self._revision != ledger.revision:
             return False
         return reserved.covers(number, release)
 

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_dp.callbacks.strategy import private_strategy
 from lightning_dp.summary import print_summary
 
-_REFRESH = 1.0  # seconds
+_REFRESH = 1.0  # seconds at least between two values for the progress bar
+_SHARE = 0.001  # of the time that they take, if they need not be rarer than every two seconds for it
 
 
 class PrivacyMonitor(pl.Callback):
@@ -29,20 +30,24 @@ class PrivacyMonitor(pl.Callback):
     def __init__(self, summary: bool = True) -> None:
         super().__init__()
         self.summary = summary
-        self._logged = 0.0
+        self._logged, self._pause = 0.0, _REFRESH
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what is spent and what is left, if somebody is going to look.
 
-        A value takes a millisecond of Lightning's to log, so this is done when a logger is due, and else once a second,
-        for the progress bar: Lightning keeps the last value.
+        A value takes a millisecond of Lightning's to log, so this is done when a logger is due, and else every second
+        or two, for the progress bar: Lightning keeps the last value.
         """
         now, due = time.monotonic(), bool(trainer.loggers) and trainer._logger_connector.should_update_logs
-        if not due and batch_idx > 0 and now - self._logged < _REFRESH:
+        if not due and batch_idx > 0 and now - self._logged < self._pause:
             return
-        self._logged = now
+        self._log(trainer, pl_module)
+        self._logged = time.monotonic()
+        self._pause = max(_REFRESH, min((self._logged - now) / _SHARE, 2 * _REFRESH))
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = private_strategy(trainer, self)
         budget = strategy.budget
         pl_module.log("privacy/epsilon", budget.epsilon_at_most, on_step=True, prog_bar=True, batch_size=1)

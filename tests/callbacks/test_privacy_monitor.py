@@ -172,17 +172,25 @@ def test_what_a_logger_gets_is_of_its_own_step(tmp_path):
     assert [float(row["privacy/steps_left"]) for row in read(log)] == [most - n for n in (3, 6, 9, 12)]
 
 
-def test_it_logs_once_a_second_if_no_logger_asks(monkeypatch):
-    """Steps of 40 ms on a clock that the test turns: every 25th is shown, and the first of an epoch."""
-    shown, clock = [], iter(range(1000))
-    turned = SimpleNamespace(monotonic=lambda: 100 + 0.04 * next(clock))
+@pytest.mark.parametrize(
+    ("cost", "expected"),
+    [(0.0, [1, 26, 51, 76]), (0.0015, [1, 39, 77]), (0.5, [1, 51])],  # every second, 1.5 seconds, 2 seconds
+)
+def test_it_logs_every_second_or_two_if_no_logger_asks(monkeypatch, cost, expected):
+    """Steps of 40 ms on a clock that the test turns; the first of an epoch is shown too."""
+    shown, clock = [], SimpleNamespace(now=100.0)
+    turned = SimpleNamespace(monotonic=lambda: clock.now)
     monkeypatch.setattr("lightning_dp.callbacks.privacy_monitor.time", turned)
 
     class Notes(Regression):
+        def on_train_batch_start(self, batch, batch_idx):
+            clock.now += 0.04 + 1e-9
+
         def log(self, name, *args, **kwargs):
             shown.append(self.trainer.global_step)
+            clock.now += cost
             super().log(name, *args, **kwargs)
 
     monitor = ldp.PrivacyMonitor(summary=False)
     trainer(max_steps=80, log_every_n_steps=1, callbacks=[monitor]).fit(Notes(), loader(n=400))
-    assert shown == [1, 26, 51, 76]
+    assert shown == expected
