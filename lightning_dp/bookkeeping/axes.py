@@ -60,7 +60,8 @@ class SampleAxis:
                 "they enter, or keep the number of rows fixed (mask instead of filter)."
             )
         if self.together is None:
-            return t.unflatten(self.dim, (num_samples, rows)).movedim(self.dim, 0)
+            split = t.view(*t.shape[: self.dim], num_samples, rows, *t.shape[self.dim + 1 :])
+            return split.movedim(self.dim, 0) if self.dim else split
         if self.together != 1 and rows != self.rows:
             raise UnsupportedModelError(
                 f"axis {self.dim} of a tensor of shape {tuple(t.shape)} held {self.rows} rows of each sample when it "
@@ -89,6 +90,8 @@ def merge_rows(split: Tensor, feature_dims: int) -> Tensor:
         feature_dims: The number of trailing axes to keep.
     """
     end = split.dim() - feature_dims
+    if end == 2:
+        return split
     return split.reshape(split.shape[0], -1, *split.shape[end:])
 
 

@@ -130,7 +130,9 @@ class BookKeeping(Keeping):
                 raise self.escape_of(name)
         book = recorder.close()
         for name, entries in book.entries.items():
-            assert all(entry.shape == self._trained[name].shape for entry in entries), f"a rule broke '{name}'"
+            shape = self._trained[name].shape
+            for entry in entries:
+                assert entry.shape == shape, f"a rule broke '{name}'"
         return book
 
     def abandon(self) -> None:
@@ -158,10 +160,13 @@ class BookKeeping(Keeping):
         finally:
             self._handler = _as_usual
 
+    def _handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._handler(func, args, kwargs)
+
     def _class_for(self, name: str, base: type) -> type:
         if base not in self._classes:
             check_swappable(name, base)
-            self._classes[base] = intercepting(base, lambda *call: self._handler(*call))
+            self._classes[base] = intercepting(base, self._handle)
         return self._classes[base]
 
 

@@ -93,10 +93,12 @@ def swapped(parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[
         UnsupportedModelError: If a parameter has a hook.
     """
     originals: list[tuple[nn.Parameter, type]] = []
+    base: type | None = None
     try:
         for name, parameter in parameters:
             own = type(parameter)
-            other = class_for(name, own)
+            if own is not base:  # mostly all have one class
+                base, other = own, class_for(name, own)
             if parameter._backward_hooks:
                 raise UnsupportedModelError(
                     f"parameter '{name}' has a gradient hook (register_hook), which would never run: no gradient of "

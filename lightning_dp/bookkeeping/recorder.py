@@ -110,7 +110,7 @@ class Recorder:
         Raises:
             UnsupportedModelError: If a gradient went past the book.
         """
-        self._closed = True
+        self._closed, book = True, self.book
         try:
             if self._num_taps and not self._num_received:
                 raise no_gradient()
@@ -118,7 +118,7 @@ class Recorder:
             self.carry()
         finally:
             self.abandon()
-        return self.book
+        return book
 
     def carry(self) -> None:
         """Carry what was filed for functions of parameters back to the parameters.
@@ -139,6 +139,8 @@ class Recorder:
             if t is not None and "derived" in vars(t):  # the same one may have been written several times
                 release(t)
         self._made.clear()
+        # The class of derived tensors refers to itself and to this, so that both wait for the garbage collector.
+        self.book = Book(self.book.num_samples)
 
     def _run(self, call: Call, layout: Layout | None) -> Any:
         """Run a function of a parameter and something else, as it was observed."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,6 +139,35 @@ def test_classes_are_restored_after_an_error_and_the_next_pass_is_right() -> Non
         model(batch["x"]).mul(1 / 0)
     assert type(model.weight) is nn.Parameter
     compare(case, book_of(case, model, batch, keeping), *reference(case, model, batch, named))
+
+
+def test_a_finished_pass_holds_no_gradients_until_the_garbage_collector_comes() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.positions = nn.Linear(3, 2), nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x + F.embedding(torch.arange(4), self.positions))  # a function of a parameter alone
+
+    model, samples = Table(), {"a": torch.randn(4, 3), "b": torch.randn(4, 3)}
+    keeping = BookKeeping(dict(model.named_parameters()))
+    keeping.observe(lambda names: model(torch.stack([samples[name] for name in names])).mean((1, 2)).mean())
+    gc.collect()
+    gc.disable()
+    try:
+        with keeping.recording(3):
+            loss = model(torch.randn(3, 4, 3)).mean((1, 2)).mean()
+        with keeping.recording():
+            loss.backward()  # type: ignore[no-untyped-call]
+        book = keeping.close()
+        entries = [weakref.ref(entry) for filed in book.entries.values() for entry in filed]
+        assert len(entries) == 3
+        assert all(entry() is not None for entry in entries)
+        del book, loss
+        assert all(entry() is None for entry in entries)
+    finally:
+        gc.enable()
 
 
 def test_observation_leaves_the_random_generators_alone() -> None:
