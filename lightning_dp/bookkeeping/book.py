@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Kept, Outer
 from lightning_dp.bookkeeping.layout import Key
 from lightning_dp.bookkeeping.pairs import FEW, added, combined, inner
+from lightning_dp.bookkeeping.precision import without_autocast
 from lightning_dp.bookkeeping.refusals import kept_from_before, overwritten
 
 
@@ -64,7 +65,8 @@ Target = str | Derived
 class Book:
     """Per-sample gradients of ``num_samples`` samples, of the scalar that was differentiated.
 
-    Guarantee: the norms and the sums come from the same entries, so what is clipped is what is added.
+    Guarantee: the norms and the sums come from the same entries, so what is clipped is what is added. Neither is
+    computed in 16 bits, whatever the model is.
     """
 
     num_samples: int
@@ -98,6 +100,7 @@ class Book:
         self.spare -= entry.extra
         return entry
 
+    @without_autocast()
     def carry(self) -> None:
         """Carry the entries of derived tensors back to their parameters, and combine those of one parameter."""
         if self.derived:
@@ -133,6 +136,7 @@ class Book:
             return torch.zeros(self.num_samples)
         return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
 
+    @without_autocast()
     def norm_sq_by_parameter(self) -> dict[str, Tensor]:
         """Return the squared norm of each sample's gradient of every parameter that was used, each ``[B]``."""
         return {name: _norm_sq(entries) for name, entries in self.entries.items()}
@@ -143,6 +147,7 @@ class Book:
         Book(self.num_samples, dict(self.entries)).pour(weight, sums)
         return sums
 
+    @without_autocast()
     def pour(self, weight: Tensor, sums: dict[str, Tensor]) -> None:
         """Add what `weighted_sums` returns to ``sums``, in place, and let every entry go that was added."""
         keep = weight != 0

@@ -21,7 +21,6 @@ from lightning_dp.bookkeeping.recorder import Recorder
 from lightning_dp.bookkeeping.refusals import escaped
 from lightning_dp.errors import UnsupportedModelError
 
-
 _SPARE = 2**22
 """Elements that per-sample gradients may take, however small the model."""
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.costs import Shape, Way, cheapest, rates_of
+from lightning_dp.bookkeeping.precision import accurate
 
 CANCELLATION = 1e-2
 """Below this share of its largest possible value, divided by the number of its terms, a ghost norm has lost too many
@@ -293,12 +294,6 @@ def norms_sq(dense: Tensor) -> Tensor:
     """
     rows = dense.reshape(dense.shape[0], math.prod(dense.shape[1:-1]), -1)
     return torch.linalg.vector_norm(rows, dim=-1).square().sum(1)
-
-
-def accurate(t: Tensor) -> Tensor:
-    """Return ``t`` without its graph, in float32 if it is stored in 16 bits: a norm summed in 16 bits is no bound."""
-    t = t.detach()
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_dp.bookkeeping.precision import without_autocast
 from lightning_dp.errors import UnsupportedModelError
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -173,7 +174,7 @@ class Tap(torch.autograd.Function):
         """Hand on the gradients, and to ``record``."""
         if ctx.wanted():
             saved = ctx.saved_tensors  # may recompute a checkpointed forward pass, which must be seen
-            with torch.no_grad(), without_interception():
+            with torch.no_grad(), without_autocast(), without_interception():
                 ctx.record(*gradients, *saved)
         return (None, None, None, None, *gradients, *[None] * ctx.num_saved)
 

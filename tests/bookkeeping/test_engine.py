@@ -116,6 +116,28 @@ def test_nothing_is_saved_for_a_frozen_weight(build: object, trained: str) -> No
     assert set(keeping.close().entries) == {trained}
 
 
+def test_a_backward_pass_inside_autocast_is_as_accurate_as_outside() -> None:
+    """As under manual optimization: the same entries, norms and sums, of the same forward pass in 16 bits."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Unflatten(1, (1, 6, 5)), nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(48, 30), nn.Linear(30, 2)
+    )
+    x, found = torch.randn(4, 30), []
+    for inside in (True, False):
+        keeping = BookKeeping(dict(net.named_parameters()))
+        keeping.observe(lambda samples: net(x[["ab".index(s) for s in samples]]).square().sum())
+        with torch.autocast("cpu", torch.bfloat16), keeping.recording(4):
+            loss = net(x).float().square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            with keeping.recording():
+                loss.backward()
+            book = keeping.close()
+            found.append([book.norm_sq(), *book.weighted_sums(torch.rand(4, generator=torch.Generator())).values()])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
 def test_a_parameter_under_two_names() -> None:
     layer, x = nn.Linear(5, 5), torch.randn(4, 5)
     keeping = BookKeeping({"one": layer.weight, "two": layer.weight}, {"three": layer.weight, "bias": layer.bias})

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.bookkeeping.axes import merge_rows
-from lightning_dp.bookkeeping.entries import SUMMED, Dense, accurate
+from lightning_dp.bookkeeping.entries import SUMMED, Dense
 from lightning_dp.bookkeeping.operation import Operation, Recording
+from lightning_dp.bookkeeping.precision import accurate
 
 
 def layer_norm(
