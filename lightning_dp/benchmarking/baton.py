@@ -142,7 +142,7 @@ class Baton:
     def _token(self) -> Token:
         try:
             token: Token = self._connection.recv()
-        except EOFError:  # whoever says whose turn it is has died
+        except (EOFError, ConnectionError):  # whoever says whose turn it is has died
             self.has_ended = True
             raise Ended from None
         return token

@@ -113,7 +113,7 @@ def _work(connection: Connection, training: Training) -> None:
         training(baton)
         if not baton.has_ended:
             connection.send(Failed("the training ended before it was told to: it has too few steps or no data."))
-    except (Ended, BrokenPipeError):
+    except (Ended, ConnectionError):  # told to end, or nobody is left to tell
         pass
     except BaseException as error:
         connection.send(_failure(error))
@@ -122,6 +122,8 @@ def _work(connection: Connection, training: Training) -> None:
 def _failure(error: BaseException) -> Failed:
     if isinstance(error, SystemExit):
         return Failed(f"ended with exit status {error.code}. What it printed stands above.")
+    if isinstance(error, PrivacyError):
+        return Failed(str(error))  # it says what was found and the way out
     told = str(error).lower()
     # torch has a class for this on a GPU only.
     is_memory = isinstance(error, MemoryError) or (
