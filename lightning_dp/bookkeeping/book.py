@@ -19,6 +19,9 @@ from lightning_dp.bookkeeping.pairs import FEW, added, combined, inner
 from lightning_dp.bookkeeping.precision import without_autocast
 from lightning_dp.bookkeeping.refusals import kept_from_before, overwritten
 
+_ANY = 2**62
+"""More elements than there are."""
+
 
 @dataclass(eq=False)
 class Derived:
@@ -88,10 +91,13 @@ class Book:
 
     def _append(self, entries: list[Entry], entry: Entry) -> None:
         """Settle an entry at once, so that what it was made of can be let go; but short products may be joined."""
-        if not _waits(entry):
+        before = entries[-1] if entries else None
+        if isinstance(before, Kept):  # what is added to it takes no more memory
+            entry = entry if _waits(entry) else entry.settled(_ANY)
+        elif not _waits(entry):
             entry = self._settled(entry)
-        if isinstance(entry, Dense) and entries and isinstance(entries[-1], Kept):
-            entries[-1] = added([entries[-1], entry])
+        if isinstance(before, Kept) and isinstance(entry, Dense):
+            entries[-1] = added([before, entry])
         else:
             entries.append(entry)
 

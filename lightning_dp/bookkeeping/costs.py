@@ -31,7 +31,7 @@ from torch import Tensor
 _REPEATS = 20
 """Many and short, so that one of them is likely to have the machine for itself."""
 
-_SIZES = {"cpu": (256, 2**21), "cuda": (4096, 2**27)}
+_SIZES = {"cpu": (256, 2**21), "cuda": (4096, 2**25)}
 """For the measurement: rows of a matrix, and elements that are moved."""
 
 _FASTEST: dict[Hashable, str] = {}
@@ -157,5 +157,4 @@ def _shortest(work: Callable[[], object], device: torch.device, repeats: int = _
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    getattr(torch, device.type).synchronize()
