@@ -34,6 +34,9 @@ _REPEATS = 20
 _SIZES = {"cpu": (256, 2**21), "cuda": (4096, 2**25)}
 """For the measurement: rows of a matrix, and elements that are moved."""
 
+HALVED = 128
+"""From so many positions on, a Gram matrix is made of three of its four quarters."""
+
 _FASTEST: dict[Hashable, str] = {}
 
 
@@ -106,7 +109,7 @@ def _seconds(shape: Shape, rates: Rates) -> dict[Way, float]:
     b, t, d, p = shape.samples, shape.positions, shape.inputs, shape.outputs
     product, written_and_read = shape.kept * t / rates.products, 2 * shape.kept / rates.elements
     scaled = 2 * b * t * min(d, p) / rates.elements  # the weights of the sum are multiplied on the narrower side
-    grams = b * t * t * (p + d) / rates.products + 6 * b * t * t / rates.elements
+    grams = (0.75 if t >= HALVED else 1.0) * b * t * t * ((p + d) / rates.products + 6 / rates.elements)
     return {
         Way.GHOST: grams + scaled,
         Way.KEPT: written_and_read + shape.kept / rates.elements,  # read once more for the sum

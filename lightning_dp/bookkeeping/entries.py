@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.costs import Shape, Way, cheapest, rates_of
+from lightning_dp.bookkeeping.costs import HALVED, Shape, Way, cheapest, rates_of
 from lightning_dp.bookkeeping.precision import accurate
 
 CANCELLATION = 1e-2
@@ -303,10 +303,20 @@ def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared ghost norm and the largest value it could have without cancellation, each ``[B]``."""
-    aa, gg = torch.bmm(a, a.mT), torch.bmm(g, g.mT)
-    diagonal = aa.diagonal(dim1=1, dim2=2) * gg.diagonal(dim1=1, dim2=2)
-    return (aa * gg).sum((1, 2)), diagonal.clamp(min=0).sqrt().sum(1).square()
+    """Return the squared ghost norm and the largest value it could have without cancellation, each ``[B]``.
+
+    A Gram matrix is symmetric: of its quarters, one off the diagonal is left out and the other counted twice.
+    """
+    norm_sq, most = a.new_zeros(a.shape[0]), a.new_zeros(a.shape[0])
+    size = -(-a.shape[1] // (2 if a.shape[1] >= HALVED else 1))
+    for start in range(0, a.shape[1], size):
+        stop = start + size
+        aa, gg = (torch.bmm(t[:, start:stop], t[:, :stop].mT) for t in (a, g))
+        diagonals = [t[:, :, start:].diagonal(dim1=1, dim2=2) for t in (aa, gg)]
+        most += (diagonals[0] * diagonals[1]).clamp(min=0).sqrt().sum(1)
+        product = aa.mul_(gg)
+        norm_sq += product[:, :, start:].sum((1, 2)) + 2 * product[:, :, :start].sum((1, 2))
+    return norm_sq, most.square()
 
 
 def masked(t: Tensor, keep: Tensor) -> Tensor:
