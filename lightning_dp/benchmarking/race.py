@@ -103,7 +103,7 @@ class Race:
 
     def _out_of_memory(self, lane: _Lane) -> None:
         others = sum(not other.note for other in self._lanes) - 1
-        _give_up(lane, f"out of memory, beside {others} others" if others else "out of memory")
+        _give_up(lane, f"out of memory, beside {others} more" if others else "out of memory")
 
     def _finished(self, lane: _Lane) -> Row:
         if lane.note:
