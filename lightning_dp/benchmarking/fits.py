@@ -53,9 +53,13 @@ class OrdinaryStrategy(SingleDeviceStrategy):
         self.batch_size = batch_size
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Replace the train dataloader by one of full physical batches, in random order."""
+        """Replace the train dataloader by one of full steps of full physical batches, in random order."""
         user = check_dataloader(dataloader)
-        batches: Any = BatchSampler(RandomSampler(user.dataset), self.batch_size, drop_last=True)  # type: ignore[arg-type]
+        data: Any = user.dataset
+        assert self.lightning_module is not None, "the trainer connects the module first"
+        step = self.batch_size * self.lightning_module.trainer.accumulate_grad_batches
+        order = RandomSampler(data, num_samples=step * max(1, len(data) // step))
+        batches: Any = BatchSampler(order, self.batch_size, drop_last=True)
         return _with_batches(user, batches)
 
 

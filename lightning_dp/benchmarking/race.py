@@ -69,7 +69,7 @@ class Race:
             lane.child.tell(Token.RESET)
             lane.facts = lane.child.hear(Facts)
         except OutOfMemory:
-            _give_up(lane, "out of memory")
+            self._out_of_memory(lane)
         except BenchmarkError:
             _give_up(lane, "failed")
             raise
@@ -93,13 +93,17 @@ class Race:
                     try:
                         lane.steps.append(self._step(lane))
                     except OutOfMemory:
-                        _give_up(lane, "out of memory")
+                        self._out_of_memory(lane)
         return [self._finished(lane) for lane in self._lanes]
 
     def _step(self, lane: _Lane) -> Step:
         self.turns.append(lane.name)
         lane.child.tell(Token.STEP)
         return lane.child.hear(Step)
+
+    def _out_of_memory(self, lane: _Lane) -> None:
+        others = sum(not other.note for other in self._lanes) - 1
+        _give_up(lane, f"out of memory, beside {others} more" if others else "out of memory")
 
     def _finished(self, lane: _Lane) -> Row:
         if lane.note:

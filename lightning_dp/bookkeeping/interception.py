@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dp.bookkeeping.precision import without_autocast
 from lightning_dp.errors import UnsupportedModelError
@@ -194,7 +194,7 @@ def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the leaves of the arguments of a function, in a fixed order."""
     leaves = [*args, *kwargs.values()] if kwargs else list(args)
     if any(isinstance(leaf, _CONTAINERS) for leaf in leaves):
-        return tree_flatten((args, kwargs))[0]
+        return tree_leaves((args, kwargs))
     return leaves
 
 
@@ -232,7 +232,7 @@ def check_outputs(name: str, result: Any) -> None:
         UnsupportedModelError: If outputs are nested in one another.
     """
     known = {id(t) for t in float_outputs(result)}
-    if any(_is_float(t) and id(t) not in known for t in tree_flatten(result)[0]):
+    if any(_is_float(t) and id(t) not in known for t in tree_leaves(result)):
         raise UnsupportedModelError(
             f"'{name}' of a trained parameter has nested outputs, through which no per-sample gradient is found: "
             "freeze the parameter, or use functions that return plain tensors."

@@ -112,7 +112,10 @@ class Recorder:
             self.carry()
         finally:
             self.abandon()
-        return self.book
+        # A class refers to itself and the one of derived tensors to this object, so that both are freed by the garbage
+        # collector, now and then. What is in the book is freed with whoever got it.
+        book, self.book = self.book, Book(self.book.num_samples)
+        return book
 
     def carry(self) -> None:
         """Carry what was filed for functions of parameters back to the parameters.

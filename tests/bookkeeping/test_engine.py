@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,3 +169,32 @@ def test_observation_leaves_the_random_generators_alone() -> None:
         lambda samples: model(torch.stack([x["ab".index(s)] for s in samples])).sum()
     )
     assert torch.equal(torch.get_rng_state(), before)
+
+
+HELD = ("linear-3d-bias=False", "cat-of-weights", "position-table", "attention-causal")
+
+
+def memory_held() -> set[int]:
+    """Return where in memory the tensors are that live."""
+    tensors = [held for held in gc.get_objects() if issubclass(type(held), torch.Tensor) and held.numel() > 1]
+    return {held.untyped_storage().data_ptr() for held in tensors}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in HELD], ids=lambda case: case.name)
+def test_what_a_pass_held_is_freed_with_its_book(case: Case) -> None:
+    """Not when the garbage collector runs, which may be many physical batches later."""
+    model, batch = case.build().double(), to_dtype(case.batch(), torch.float64)
+    keeping = observed(case, model, batch, dict(model.named_parameters()), {})
+    book_of(case, model, batch, keeping)
+    gc.collect()
+    gc.disable()
+    try:
+        before = memory_held()
+        book = book_of(case, model, batch, keeping)
+        held = len(memory_held() - before)
+        del book
+        left = len(memory_held() - before)
+    finally:
+        gc.enable()
+    assert held > 0
+    assert left == 0
