@@ -1,6 +1,6 @@
 """``lightning-dp``: which command runs.
 
-Owns: the commands that need no trainer, and their place before Lightning's own. Does not own: what they do, or
+Owns: the commands that are none of a trainer, and their place before Lightning's own. Does not own: what they do, or
 Lightning's command line (``lightning_cli``).
 """
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lightning_dp.benchmarking.command import benchmark_command
 from lightning_dp.forecasting.command import plan_numbers, print_help, takes_numbers
 from lightning_dp.lightning_cli import DPLightningCLI, run_lightning
 from lightning_dp.reporting.command import report_command
@@ -19,7 +20,7 @@ __all__ = ["COMMANDS", "Command", "DPLightningCLI", "main"]
 
 @dataclass(frozen=True)
 class Command:
-    """A command without trainer, model and data.
+    """A command that is none of a trainer.
 
     Args:
         run: Runs it on the arguments after its name; ends with ``SystemExit`` if they are wrong.
@@ -36,6 +37,9 @@ COMMANDS = {
     "plan": Command(
         plan_numbers, "with --num_examples and other numbers: what a budget comes to, without a model", takes_numbers
     ),
+    "benchmark": Command(
+        benchmark_command, "with the arguments of fit: what privacy costs there in time and memory, measured"
+    ),
     "report": Command(report_command, "CKPT: what a private fit did, what it cost and what is not covered"),
 }
 
@@ -50,7 +54,7 @@ def main() -> None:
     if name == "plan" and arguments in (["-h"], ["--help"]):
         print_help()
         sys.stdout.write("\nThe arguments of a fit that is planned:\n\n")
-    run_lightning("commands without a trainer: " + "; ".join(f"{n} {c.summary}" for n, c in COMMANDS.items()))
+    run_lightning("further commands: " + "; ".join(f"{n} {c.summary}" for n, c in COMMANDS.items()))
 
 
 if __name__ == "__main__":

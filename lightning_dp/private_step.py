@@ -83,8 +83,7 @@ class PrivateStep:
             self._statistics.add_norms(norm[:num_real])
         real = torch.arange(book.num_samples, device=norm.device) < num_real
         weight = torch.where(real, self._begun.clipping.factor(norm), torch.zeros_like(norm)) * scale
-        for name, clipped in book.weighted_sums(weight).items():
-            self._sums[name] = self._sums[name] + clipped if name in self._sums else clipped
+        book.pour(weight, self._sums)
 
     def note_loss(self, loss: Tensor, num_rows: int, num_real: int) -> None:
         """Note the loss of a physical batch, if the user has asked for it.
@@ -121,10 +120,11 @@ class PrivateStep:
 
     def _released(self, parameter: Tensor, clipped: Tensor | None) -> Tensor:
         mechanism = self._begun
+        if clipped is None:
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            clipped = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
         if mechanism.noise_std > 0:
-            total = self._noise.normal(parameter).mul_(mechanism.noise_std)
+            self._noise.add_normal(clipped, mechanism.noise_std, mechanism.expected_batch_size)
         else:
-            total = torch.zeros_like(parameter, dtype=torch.float64)
-        if clipped is not None:
-            total += clipped
-        return total.div_(mechanism.expected_batch_size).to(parameter.dtype)
+            clipped.div_(mechanism.expected_batch_size)
+        return clipped.to(parameter)

@@ -13,9 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Outer, combined, inner
+from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Kept, Outer
 from lightning_dp.bookkeeping.layout import Key
+from lightning_dp.bookkeeping.pairs import FEW, added, combined, inner
+from lightning_dp.bookkeeping.precision import without_autocast
 from lightning_dp.bookkeeping.refusals import kept_from_before, overwritten
+
+_ANY = 2**62
+"""More elements than there are."""
 
 
 @dataclass(eq=False)
@@ -63,12 +68,15 @@ Target = str | Derived
 class Book:
     """Per-sample gradients of ``num_samples`` samples, of the scalar that was differentiated.
 
-    Guarantee: the norms and the sums come from the same entries, so what is clipped is what is added.
+    Guarantee: the norms and the sums come from the same entries, so what is clipped is what is added. Neither is
+    computed in 16 bits, whatever the model is.
     """
 
     num_samples: int
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     derived: list[tuple[Derived, Entry]] = field(default_factory=list)
+    spare: int = 2**22
+    """Elements that may still be held beyond what came back through the graph, for gradients that are materialised."""
 
     def file(self, target: Target, entry: Entry) -> None:
         """Add an entry of a parameter or a derived tensor."""
@@ -79,13 +87,33 @@ class Book:
         if isinstance(target, Derived):
             self.derived.append((target, entry))
         else:
-            self.entries.setdefault(target, []).append(entry)
+            self._append(self.entries.setdefault(target, []), entry)
 
+    def _append(self, entries: list[Entry], entry: Entry) -> None:
+        """Settle an entry at once, so that what it was made of can be let go; but short products may be joined."""
+        before = entries[-1] if entries else None
+        if isinstance(before, Kept):  # what is added to it takes no more memory
+            entry = entry if _waits(entry) else entry.settled(_ANY)
+        elif not _waits(entry):
+            entry = self._settled(entry)
+        if isinstance(before, Kept) and isinstance(entry, Dense):
+            entries[-1] = added([before, entry])
+        else:
+            entries.append(entry)
+
+    def _settled(self, entry: Entry) -> Entry:
+        entry = entry.settled(self.spare)
+        self.spare -= entry.extra
+        return entry
+
+    @without_autocast()
     def carry(self) -> None:
         """Carry the entries of derived tensors back to their parameters, and combine those of one parameter."""
         if self.derived:
             self._carry_back()
-        self.entries = {name: combined(entries) for name, entries in self.entries.items()}
+        for name, entries in self.entries.items():
+            filed = {id(e) for e in entries if not _waits(e)}
+            self.entries[name] = [e if id(e) in filed else self._settled(e) for e in combined(entries)]
 
     def _carry_back(self) -> None:
         """Differentiate all derived tensors by one vmapped backward pass."""
@@ -114,19 +142,32 @@ class Book:
             return torch.zeros(self.num_samples)
         return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
 
+    @without_autocast()
     def norm_sq_by_parameter(self) -> dict[str, Tensor]:
         """Return the squared norm of each sample's gradient of every parameter that was used, each ``[B]``."""
         return {name: _norm_sq(entries) for name, entries in self.entries.items()}
 
     def weighted_sums(self, weight: Tensor) -> dict[str, Tensor]:
         """Return ``sum_i weight[i] * G_i`` per parameter; a sample of weight 0 adds exact zeros, even if it is NaN."""
+        sums: dict[str, Tensor] = {}
+        Book(self.num_samples, dict(self.entries)).pour(weight, sums)
+        return sums
+
+    @without_autocast()
+    def pour(self, weight: Tensor, sums: dict[str, Tensor]) -> None:
+        """Add what `weighted_sums` returns to ``sums``, in place, and let every entry go that was added."""
         keep = weight != 0
         drop = not bool(keep.all())
-        sums: dict[str, Tensor] = {}
-        for name, entries in self.entries.items():
-            parts = [(e.where(keep) if drop else e).weighted_sum(weight) for e in entries]
-            sums[name] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        return sums
+        while self.entries:
+            name, entries = self.entries.popitem()
+            for entry in entries:
+                part = entry.where(keep) if drop else entry
+                sums[name] = part.weighted_sum(weight, sums.get(name))
+
+
+def _waits(entry: Entry) -> bool:
+    """Whether an entry may be joined with others of its parameter before it is settled."""
+    return isinstance(entry, Outer) and entry.num_positions <= FEW
 
 
 def _norm_sq(entries: Sequence[Entry]) -> Tensor:

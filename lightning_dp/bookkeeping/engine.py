@@ -29,6 +29,9 @@ from lightning_dp.bookkeeping.recorder import Recorder
 from lightning_dp.bookkeeping.refusals import escaped
 from lightning_dp.errors import UnsupportedModelError
 
+_SPARE = 2**22
+"""Elements that per-sample gradients may take, however small the model."""
+
 
 class BookKeeping(Keeping):
     """Per-sample gradients of the trained parameters of any model, unmodified.
@@ -57,6 +60,8 @@ class BookKeeping(Keeping):
         self._handler: Handler = _as_usual
         self._layouts, self._anchor = Layouts(), Anchor()
         self._recorder: Recorder | None = None
+        # A fit with Adam holds four times its parameters: half of them is an eighth more.
+        self._spare = max(_SPARE, sum(parameter.numel() for parameter in trained.values()) // 2)
 
     def observe(self, forward: Forward, varied: bool = True, rows: int = 1) -> None:
         """Observe how the functions that the parameters enter use the samples; see ``observation``.
@@ -146,7 +151,9 @@ class BookKeeping(Keeping):
         return escaped(name, self._layouts.where(name))
 
     def _new_recorder(self, num_samples: int) -> Recorder:
-        return Recorder(self._names, self._layouts, num_samples, self._is_recording, self._anchor)
+        recorder = Recorder(self._names, self._layouts, num_samples, self._is_recording, self._anchor)
+        recorder.book.spare = self._spare
+        return recorder
 
     def _is_recording(self) -> bool:
         return self._handler is not _as_usual

@@ -1,7 +1,8 @@
 """Entries of the book: per-sample gradients that are not materialised unless that is cheaper.
 
-Owns: the three forms of a per-sample gradient, their inner products and their weighted sums. Does not own: where an
-entry comes from (``rules``) or which parameter it belongs to (``book``).
+Owns: the three forms of a per-sample gradient, their norms and their weighted sums. Does not own: where an entry comes
+from (``rules``), which parameter it belongs to (``book``), which way to a norm is the cheapest (``costs``) or what
+several entries of one parameter have to do with each other (``pairs``).
 
 Book-keeping, arXiv 2210.00038: with layer inputs ``a`` and output gradients ``g``, the gradient of sample ``i`` is
 ``G_i = sum_t g_it a_it^T``, and ``||G_i||^2 = <A_i A_i^T, g_i g_i^T>`` (the "ghost norm") needs no ``G_i``.
@@ -11,27 +12,20 @@ Shapes: B samples, T positions of one sample, d inputs, p outputs, V rows of a t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-_TRAFFIC = 60
-"""How many multiply-adds one written-and-read element of a kept per-sample gradient is worth (measured on a CPU)."""
-
-_MAX_KEPT = 2**28
-"""Largest number of elements of a per-sample gradient that is kept (1 GiB in float32)."""
-
-_FEW = 8
-"""Up to so many positions, two entries of one parameter are joined."""
+from lightning_dp.bookkeeping.costs import HALVED, Shape, Way, cheapest, rates_of
+from lightning_dp.bookkeeping.precision import accurate
 
 CANCELLATION = 1e-2
 """Below this share of its largest possible value, divided by the number of its terms, a ghost norm has lost too many
 digits and is found again densely. (T terms of random direction cancel to a share of 1 / T, without any harm.)"""
 
-
-MATERIALISED, SUMMED = "materialised, kept", "sum over positions"
+MATERIALISED, SUMMED = Way.KEPT.value, "sum over positions"
 """How norms of `Dense` entries are found, in a few words; rules may give others."""
 
 
@@ -71,8 +65,16 @@ class Entry(ABC):
         """Return the materialised gradients, shape ``[B, *parameter.shape]``."""
 
     @abstractmethod
-    def weighted_sum(self, weight: Tensor) -> Tensor:
-        """Return ``sum_i weight[i] * G_i``, shape ``[*parameter.shape]``, for weights of shape ``[B]``."""
+    def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return ``sum_i weight[i] * G_i``.
+
+        Args:
+            weight: ``[B]``.
+            total: To be added to in place, ``[*parameter.shape]``; ``None`` for a new one.
+
+        Returns:
+            ``[*parameter.shape]``, contiguous.
+        """
 
     @abstractmethod
     def where(self, keep: Tensor) -> Entry:
@@ -80,7 +82,16 @@ class Entry(ABC):
 
     def norm_sq(self) -> Tensor:
         """Return the squared norm of every sample's gradient, shape ``[B]``."""
-        return _per_sample(self.dense()).square().sum(1)
+        return norms_sq(self.dense())
+
+    def settled(self, spare: int) -> Entry:
+        """Return the entry in the form in which it is to be kept, with at most ``spare`` elements more."""
+        return self
+
+    @property
+    def extra(self) -> int:
+        """Elements that are held beyond what came back through the graph."""
+        return 0
 
 
 class Dense(Entry):
@@ -108,13 +119,35 @@ class Dense(Entry):
         """Return ``g``."""
         return self.g
 
-    def weighted_sum(self, weight: Tensor) -> Tensor:
+    def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return ``sum_i weight[i] * g[i]``."""
-        return torch.tensordot(weight.to(self.g), self.g, 1)
+        rows, weight = self.g.reshape(self.num_samples, -1), weight.to(self.g)[None]
+        if total is None:
+            return (weight @ rows).view(self.shape)
+        total.view(1, -1).addmm_(weight.to(total), rows.to(total))
+        return total
 
     def where(self, keep: Tensor) -> Dense:
         """Return the masked entry."""
-        return Dense(_masked(self.g, keep), self._method)
+        return Dense(masked(self.g, keep), self._method)
+
+
+class Kept(Dense):
+    """What was materialised of a matrix product.
+
+    Args:
+        g: The gradients.
+        extra: Elements that are held beyond those of the product.
+    """
+
+    def __init__(self, g: Tensor, extra: int) -> None:
+        super().__init__(g)
+        self._extra = extra
+
+    @property
+    def extra(self) -> int:
+        """As given."""
+        return self._extra
 
 
 class Outer(Entry):
@@ -123,63 +156,78 @@ class Outer(Entry):
     Args:
         a: what multiplies the columns, ``[B, T, d]``.
         g: what multiplies the rows, ``[B, T, p]``.
+        shape: Of the parameter; ``None`` for ``(p, d)``.
     """
 
-    def __init__(self, a: Tensor, g: Tensor) -> None:
+    def __init__(self, a: Tensor, g: Tensor, shape: tuple[int, ...] | None = None) -> None:
         self.a, self.g = _same_dtype(a, g)
-        self._kept: Tensor | None = None
+        self._shape = shape or (self.g.shape[-1], self.a.shape[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(p, d)``."""
-        return self.g.shape[-1], self.a.shape[-1]
+        """As given."""
+        return self._shape
+
+    @property
+    def num_positions(self) -> int:
+        """T."""
+        return self.a.shape[1]
 
     @property
     def method(self) -> str:
         """The way of `norm_sq`."""
-        return "ghost norm" if self._ghost_is_cheaper() else MATERIALISED
+        return self._way(0, kept=False).value
 
     @property
     def held(self) -> tuple[Tensor, ...]:
-        """``a``, ``g``, and the materialised gradients if they are kept."""
-        return (self.a, self.g) if self._kept is None else (self.a, self.g, self._kept)
+        """``a`` and ``g``."""
+        return self.a, self.g
 
     def dense(self) -> Tensor:
-        """Return ``g^T a``, and keep it for the weighted sum."""
-        if self._kept is None:
-            self._kept = torch.bmm(self.g.mT, self.a)
-        return self._kept
+        """Return ``g^T a``."""
+        return torch.bmm(self.g.mT, self.a).view(-1, *self._shape)
+
+    def settled(self, spare: int) -> Entry:
+        """Return what is materialised, if that is the fastest; ``a`` and ``g`` need not be held then."""
+        if self._way(spare) is not Way.KEPT:
+            return self
+        return Kept(self.dense(), max(0, self._costs.extra))
 
     def norm_sq(self) -> Tensor:
-        """Return the norms, through Gram matrices where that is cheaper."""
-        if not self._ghost_is_cheaper():
-            return super().norm_sq()
+        """Return the norms, through Gram matrices or sample by sample."""
+        if self._way(0, kept=False) is Way.TILED:
+            return torch.cat([norms_sq(torch.bmm(g[None].mT, a[None])) for a, g in zip(self.a, self.g, strict=True)])
         norm_sq, most = _gram(self.a, self.g)
         # The terms of the Gram sum may cancel; a norm that is small only after cancellation is found densely.
-        cancelled = (norm_sq < CANCELLATION / self.a.shape[1] * most).nonzero().flatten().tolist()
+        cancelled = (norm_sq < CANCELLATION / self.num_positions * most).nonzero().flatten().tolist()
         for i in cancelled:
             norm_sq[i] = (self.g[i].t() @ self.a[i]).square().sum()
         return norm_sq
 
-    def weighted_sum(self, weight: Tensor) -> Tensor:
-        """Return one matrix product over all samples and positions, or the sum of what was kept."""
-        if self._kept is not None:
-            return torch.tensordot(weight.to(self._kept), self._kept, 1)
+    def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return one matrix product over all samples and positions."""
         scale = weight.to(self.g)[:, None, None]
         a, g = (self.a, self.g * scale) if self.g.shape[-1] <= self.a.shape[-1] else (self.a * scale, self.g)
-        return g.flatten(0, 1).t() @ a.flatten(0, 1)
+        a, g = a.flatten(0, 1), g.flatten(0, 1)
+        if total is None:
+            return (g.t() @ a).view(self._shape)
+        total.view(g.shape[-1], -1).addmm_(g.t().to(total), a.to(total))
+        return total
 
     def where(self, keep: Tensor) -> Outer:
         """Return the masked entry."""
-        return Outer(_masked(self.a, keep), _masked(self.g, keep))
+        return Outer(masked(self.a, keep), masked(self.g, keep), self._shape)
 
     def transposed(self) -> Outer:
         """Return the entry of the transposed parameter."""
         return Outer(self.g, self.a)
 
-    def _ghost_is_cheaper(self) -> bool:
-        (batch, positions, d), p = self.a.shape, self.g.shape[-1]
-        return batch * d * p > _MAX_KEPT or positions**2 * (d + p) <= _TRAFFIC * d * p
+    @property
+    def _costs(self) -> Shape:
+        return Shape(self.num_samples, self.num_positions, self.a.shape[-1], self.g.shape[-1])
+
+    def _way(self, spare: int, kept: bool = True) -> Way:
+        return cheapest(self._costs, rates_of(self.a), spare, kept)
 
 
 class Rows(Entry):
@@ -189,15 +237,17 @@ class Rows(Entry):
         index: ``[B, T]``, integers in ``[0, V)``.
         g: ``[B, T, d]``.
         num_rows: V.
+        shape: Of the parameter; ``None`` for ``(V, d)``.
     """
 
-    def __init__(self, index: Tensor, g: Tensor, num_rows: int) -> None:
+    def __init__(self, index: Tensor, g: Tensor, num_rows: int, shape: tuple[int, ...] | None = None) -> None:
         self.index, self.g, self.num_rows = index, accurate(g), num_rows
+        self._shape = (num_rows, self.g.shape[-1]) if shape is None else shape
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(V, d)``."""
-        return self.num_rows, self.g.shape[-1]
+        """As given."""
+        return self._shape
 
     @property
     def method(self) -> str:
@@ -214,7 +264,7 @@ class Rows(Entry):
         batch, _, d = self.g.shape
         first = torch.arange(batch, device=self.index.device)[:, None] * self.num_rows
         zeros = self.g.new_zeros(batch * self.num_rows, d)
-        return zeros.index_add_(0, (self.index + first).flatten(), self.g.flatten(0, 1)).unflatten(0, (batch, -1))
+        return zeros.index_add_(0, (self.index + first).flatten(), self.g.flatten(0, 1)).view(batch, *self._shape)
 
     def norm_sq(self) -> Tensor:
         """Return the norms, without the tables unless they are smaller than ``g``."""
@@ -225,62 +275,25 @@ class Rows(Entry):
         merged = torch.bmm(same_row.to(self.g.dtype), self.g).square().sum(-1)
         return (merged / same_row.sum(-1)).sum(1)
 
-    def weighted_sum(self, weight: Tensor) -> Tensor:
+    def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return one table."""
         g = (self.g * weight.to(self.g)[:, None, None]).flatten(0, 1)
-        return g.new_zeros(self.num_rows, g.shape[-1]).index_add_(0, self.index.flatten(), g)
+        total = g.new_zeros(self._shape) if total is None else total
+        total.view(self.num_rows, -1).index_add_(0, self.index.flatten(), g.to(total))
+        return total
 
     def where(self, keep: Tensor) -> Rows:
         """Return the masked entry."""
-        return Rows(self.index, _masked(self.g, keep), self.num_rows)
+        return Rows(self.index, masked(self.g, keep), self.num_rows, self._shape)
 
 
-def inner(e: Entry, f: Entry) -> Tensor:
-    """Return the inner product of two different entries of one parameter for every sample, shape ``[B]``."""
-    if isinstance(e, Outer) and isinstance(f, Outer) and _pair_is_cheaper(e, f):
-        return (torch.bmm(e.a, f.a.mT) * torch.bmm(e.g, f.g.mT)).sum((1, 2))
-    if isinstance(e, Rows) and isinstance(f, Rows):
-        return (torch.bmm(e.g, f.g.mT) * (e.index[:, :, None] == f.index[:, None, :])).sum((1, 2))
-    if isinstance(e, Outer) and isinstance(f, Rows):
-        e, f = f, e
-    if isinstance(e, Rows) and isinstance(f, Outer):  # an embedding and an output head that share their weight
-        index = e.index[:, None, :].expand(-1, f.g.shape[1], -1)
-        return (torch.gather(f.g, 2, index) * torch.bmm(f.a, e.g.mT)).sum((1, 2))
-    return (_per_sample(e.dense()) * _per_sample(f.dense())).sum(1)
+def norms_sq(dense: Tensor) -> Tensor:
+    """Return the squared norms of ``[B, *parameter.shape]``, each ``[B]``.
 
-
-def combined(entries: Sequence[Entry]) -> list[Entry]:
-    """Return entries of one parameter with the same sum: its matrix products, and its materialised gradients, as one.
-
-    The k uses of a parameter, as in a recurrence, have k^2 inner products; as one product over all positions, none. Two
-    long ones are left apart: joined they would be copied, and their inner product be computed twice.
+    Row by row: one long sum in float32 would lose digits, some per cent for the largest parameters.
     """
-    if len(entries) == 1:
-        return list(entries)
-    products = [e for e in entries if type(e) is Outer]
-    dense = [e for e in entries if type(e) is Dense]
-    others = [e for e in entries if type(e) not in (Outer, Dense)]
-    if len(products) > 2 or (len(products) > 1 and max(e.a.shape[1] for e in products) <= _FEW):
-        products = [Outer(_joined(e.a for e in products), _joined(e.g for e in products))]
-    if len(dense) > 1:
-        dense = [Dense(torch.stack([e.g for e in dense]).sum(0))]
-    return [*products, *others, *dense]
-
-
-def accurate(t: Tensor) -> Tensor:
-    """Return ``t`` without its graph, in float32 if it is stored in 16 bits: a norm summed in 16 bits is no bound."""
-    t = t.detach()
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
-
-
-def _per_sample(t: Tensor) -> Tensor:
-    """Return ``[B, n]`` from ``[B, *shape]``."""
-    return t.reshape(t.shape[0], -1)
-
-
-def _joined(tensors: Iterable[Tensor]) -> Tensor:
-    """Return one tensor ``[B, T_1 + T_2 + ..., d]``."""
-    return torch.cat(list(tensors), 1)
+    rows = dense.reshape(dense.shape[0], math.prod(dense.shape[1:-1]), -1)
+    return torch.linalg.vector_norm(rows, dim=-1).square().sum(1)
 
 
 def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,17 +302,23 @@ def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), g.to(dtype)
 
 
-def _pair_is_cheaper(e: Outer, f: Outer) -> bool:
-    (batch, t, d), p = e.a.shape, e.g.shape[-1]
-    return batch * d * p > _MAX_KEPT or t * f.a.shape[1] * (d + p) <= _TRAFFIC * d * p
-
-
 def _gram(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared ghost norm and the largest value it could have without cancellation, each ``[B]``."""
-    aa, gg = torch.bmm(a, a.mT), torch.bmm(g, g.mT)
-    diagonal = aa.diagonal(dim1=1, dim2=2) * gg.diagonal(dim1=1, dim2=2)
-    return (aa * gg).sum((1, 2)), diagonal.clamp(min=0).sqrt().sum(1).square()
+    """Return the squared ghost norm and the largest value it could have without cancellation, each ``[B]``.
+
+    A Gram matrix is symmetric: of its quarters, one off the diagonal is left out and the other counted twice.
+    """
+    norm_sq, most = a.new_zeros(a.shape[0]), a.new_zeros(a.shape[0])
+    size = -(-a.shape[1] // (2 if a.shape[1] >= HALVED else 1))
+    for start in range(0, a.shape[1], size):
+        stop = start + size
+        aa, gg = (torch.bmm(t[:, start:stop], t[:, :stop].mT) for t in (a, g))
+        diagonals = [t[:, :, start:].diagonal(dim1=1, dim2=2) for t in (aa, gg)]
+        most += (diagonals[0] * diagonals[1]).clamp(min=0).sqrt().sum(1)
+        product = aa.mul_(gg)
+        norm_sq += product[:, :, start:].sum((1, 2)) + 2 * product[:, :, :start].sum((1, 2))
+    return norm_sq, most.square()
 
 
-def _masked(t: Tensor, keep: Tensor) -> Tensor:
+def masked(t: Tensor, keep: Tensor) -> Tensor:
+    """Return samples first, with exact zeros for those outside the mask ``keep`` (shape ``[B]``)."""
     return torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros((), dtype=t.dtype, device=t.device))

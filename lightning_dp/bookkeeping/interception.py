@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_dp.bookkeeping.precision import without_autocast
 from lightning_dp.errors import UnsupportedModelError
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -197,7 +198,7 @@ class Tap(torch.autograd.Function):
         """Hand on the gradients, and to ``record``."""
         if ctx.wanted():
             saved = ctx.saved_tensors  # may recompute a checkpointed forward pass, which must be seen
-            with without_interception():
+            with without_autocast(), without_interception():
                 ctx.record(*gradients, *saved)
         return (None, None, None, None, *gradients, *[None] * ctx.num_saved)
 
@@ -217,7 +218,7 @@ def function_name(func: Callable[..., Any]) -> str | None:
 def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the leaves of the arguments of a function, in a fixed order."""
     leaves = [*args, *kwargs.values()] if kwargs else list(args)
-    return tree_flatten((args, kwargs))[0] if _is_nested(leaves) else leaves
+    return tree_leaves((args, kwargs)) if _is_nested(leaves) else leaves
 
 
 def _is_nested(leaves: Iterable[Any]) -> bool:
@@ -265,7 +266,7 @@ def check_outputs(name: str, result: Any) -> None:
     if isinstance(result, Tensor):
         return
     known = {id(t) for t in float_outputs(result)}
-    if any(_is_float(t) and id(t) not in known for t in tree_flatten(result)[0]):
+    if any(_is_float(t) and id(t) not in known for t in tree_leaves(result)):
         raise UnsupportedModelError(
             f"'{name}' of a trained parameter has nested outputs, through which no per-sample gradient is found: "
             "freeze the parameter, or use functions that return plain tensors."

@@ -133,6 +133,7 @@ class NotingBook(Book):
         losing = [use for use in self.uses if use.parameter == name and any(entry in gone for entry in use.entries)]
         for use in losing:
             use.entries = [entry for entry in use.entries if entry not in gone]
+            use.method = fresh[0].method if fresh else use.method
         if losing:
             losing[0].entries += fresh
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.book import Book
-from lightning_dp.bookkeeping.entries import Dense, Entry, Outer, Rows, inner
+from lightning_dp.bookkeeping.entries import Dense, Entry, Outer, Rows
+from lightning_dp.bookkeeping.pairs import inner
 
 B, V, D = 3, 6, 5
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import SUMMED, Dense, accurate
+from lightning_dp.bookkeeping.entries import SUMMED, Dense
 from lightning_dp.bookkeeping.operation import Operation, Recording
+from lightning_dp.bookkeeping.precision import accurate
 
 
 def broadcast(operation: Operation, input: Tensor, *_size: Any, **_kwargs: Any) -> Recording | None:

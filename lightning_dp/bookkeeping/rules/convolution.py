@@ -1,24 +1,31 @@
 """Convolutions of any rank, stride, padding, dilation and number of groups.
 
 The gradient of a convolution's weight for each sample is one grouped convolution backward over all samples at once:
-with the samples moved into the groups, the library's own weight-gradient kernel keeps them apart. Late layers, with few
-positions and many channels, go through an unfolded input and the ghost norm instead, which is cheaper there.
+with the samples moved into the groups, the library's own weight-gradient kernel keeps them apart. Or it is one call of
+that kernel for each sample. Late layers, with few positions and many channels, go through an unfolded input and the
+ghost norm instead. Which is the fastest no formula tells: it is tried. A convolution of kernel size 1 is an ordinary
+matrix product.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import SUMMED, Dense, Entry, Outer, accurate
+from lightning_dp.bookkeeping.costs import fastest
+from lightning_dp.bookkeeping.entries import SUMMED, Dense, Entry, Kept, Outer, masked
 from lightning_dp.bookkeeping.operation import Operation, Recording
+from lightning_dp.bookkeeping.precision import accurate
 
-_UNFOLDED_IS_CHEAPER = 0.25
-"""Unfold and use the ghost norm where T (p + d) is below this share of p d (measured on a CPU)."""
+_UNFOLDED_IS_TRIED = 2.0
+"""Unfold and use the ghost norm only where T (p + d) is below this multiple of p d: elsewhere it is far too slow, and
+needs far more memory, to be tried."""
 
 
 def convolution(
@@ -82,56 +89,122 @@ class _Geometry:
         self.weight_shape, self.groups, self.transposed = weight_shape, groups, transposed
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.output_padding = output_padding or [0] * len(stride)
+        self.key = (*weight_shape, groups, transposed, *stride, *padding, *dilation, *self.output_padding)
 
     def entry(self, x: Tensor, g: Tensor) -> Entry:
         """Return the entry for inputs ``[B, C, *positions]`` and output gradients ``[B, p, *positions]``."""
-        positions, p, d = math.prod(g.shape[2:]), self.weight_shape[0], math.prod(self.weight_shape[1:])
-        small = positions * (p + d) <= _UNFOLDED_IS_CHEAPER * p * d
-        if small and len(self.stride) == 2 and self.groups == 1 and not self.transposed:
-            unfolded = F.unfold(x, self.weight_shape[2:], *map(tuple, (self.dilation, self.padding, self.stride)))
-            return _Unfolded(unfolded.mT, g.flatten(2).mT, self.weight_shape)
-        return Dense(self.weight_gradients(x, g))
+        pointwise = math.prod(self.weight_shape[2:]) == 1 and self.groups == 1 and not any(self.padding)
+        if pointwise and not self.transposed:
+            everywhere = [slice(None)] * 2 + [slice(None, None, step) for step in self.stride]
+            x = x[tuple(everywhere)]
+            return Outer(x.flatten(2).mT, g.flatten(2).mT, self.weight_shape)
+        return Convolved(x, g, self)
+
+    def can_unfold(self) -> bool:
+        """Whether the input can be unfolded into that of a matrix product."""
+        return len(self.stride) == 2 and self.groups == 1 and not self.transposed
+
+    def unfolded(self, x: Tensor, g: Tensor) -> Outer:
+        """Return the entry as that of a matrix product."""
+        unfolded = F.unfold(x, self.weight_shape[2:], *map(tuple, (self.dilation, self.padding, self.stride)))
+        return Outer(unfolded.mT, g.flatten(2).mT, self.weight_shape)
 
     def weight_gradients(self, x: Tensor, g: Tensor) -> Tensor:
-        """Return the weight gradient of every sample, ``[B, *weight.shape]``."""
+        """Return the weight gradient of every sample, ``[B, *weight.shape]``, by one call."""
         batch, first = x.shape[0], self.weight_shape[0]
         stacked = x.new_empty(()).expand(batch * first, *self.weight_shape[1:])
+        gradient = self._backward(
+            g.reshape(1, -1, *g.shape[2:]), x.reshape(1, -1, *x.shape[2:]), stacked, batch * self.groups
+        )
+        return gradient.reshape(batch, *self.weight_shape)
+
+    def one_by_one(self, x: Tensor, g: Tensor) -> Tensor:
+        """Return the same, by one call for each sample."""
+        return torch.stack([self.weight_gradient(x[i : i + 1], g[i : i + 1]) for i in range(x.shape[0])])
+
+    def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """Return the weight gradient of all samples together."""
+        return self._backward(g, x, x.new_empty(()).expand(self.weight_shape), self.groups)
+
+    def _backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         gradient: Tensor = torch.ops.aten.convolution_backward(
-            g.reshape(1, -1, *g.shape[2:]),
-            x.reshape(1, -1, *x.shape[2:]),
-            stacked,
+            g,
+            x,
+            weight,
             None,
             self.stride,
             self.padding,
             self.dilation,
             self.transposed,
             self.output_padding,
-            batch * self.groups,
+            groups,
             [False, True, False],
         )[1]
-        return gradient.reshape(batch, *self.weight_shape)
+        return gradient
 
 
-class _Unfolded(Outer):
-    """A matrix product whose parameter is the convolution's weight, of more than two axes."""
+class Convolved(Entry):
+    """The gradient of a convolution's weight, before it is known how its norm is found.
 
-    def __init__(self, a: Tensor, g: Tensor, shape: tuple[int, ...]) -> None:
-        super().__init__(a, g)
-        self._shape = shape
+    Args:
+        x: Inputs ``[B, C, *positions]``.
+        g: Output gradients ``[B, p, *positions]``.
+        geometry: Of the convolution.
+    """
+
+    def __init__(self, x: Tensor, g: Tensor, geometry: _Geometry) -> None:
+        self.x, self.g, self._geometry = x, g, geometry
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self._shape
+        """That of the weight."""
+        return self._geometry.weight_shape
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """``x`` and ``g``."""
+        return self.x, self.g
 
     def dense(self) -> Tensor:
-        return super().dense().reshape(-1, *self._shape)
+        """Return the gradients, by one call of the library."""
+        return self._geometry.weight_gradients(self.x, self.g)
 
-    def weighted_sum(self, weight: Tensor) -> Tensor:
-        return super().weighted_sum(weight).reshape(self._shape)
+    def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return the gradient of the weighted samples, as ordinary training finds it."""
+        scale = weight.to(self.g).view(-1, *[1] * (self.g.dim() - 1))
+        found = self._geometry.weight_gradient(self.x, self.g * scale).contiguous()
+        return found if total is None else total.add_(found)
 
-    def where(self, keep: Tensor) -> Outer:
-        masked = super().where(keep)
-        return _Unfolded(masked.a, masked.g, self._shape)
+    def where(self, keep: Tensor) -> Convolved:
+        """Return the masked entry."""
+        return Convolved(masked(self.x, keep), masked(self.g, keep), self._geometry)
+
+    def settled(self, spare: int) -> Entry:
+        """Return the entry in the form whose norms and sum are found fastest."""
+        extra = self.num_samples * math.prod(self.shape) - self.x.numel() - self.g.numel()
+        kept: dict[str, Callable[[], Entry]] = {
+            "grouped": lambda: Kept(self.dense(), max(0, extra)),
+            "one by one": lambda: Kept(self._geometry.one_by_one(self.x, self.g), max(0, extra)),
+        }
+        ways = kept if extra <= spare or not self._few_positions() else {}
+        if self._few_positions():
+            ways = {**ways, "unfolded": lambda: self._geometry.unfolded(self.x, self.g)}
+        return ways[fastest(self._kind(), {name: partial(_clipped, way) for name, way in ways.items()}, self.device)]()
+
+    def _few_positions(self) -> bool:
+        positions, p, d = math.prod(self.g.shape[2:]), self.shape[0], math.prod(self.shape[1:])
+        return self._geometry.can_unfold() and positions * (p + d) <= _UNFOLDED_IS_TRIED * p * d
+
+    def _kind(self) -> Hashable:
+        """What the time depends on; of the number of samples only its size."""
+        sizes = self.num_samples.bit_length(), tuple(self.x.shape[1:]), tuple(self.g.shape[1:])
+        return *sizes, self._geometry.key, self.x.dtype, self.device, torch.get_num_threads()
+
+
+def _clipped(way: Callable[[], Entry]) -> None:
+    """Do what is done with an entry."""
+    entry = way()
+    entry.weighted_sum(entry.norm_sq())
 
 
 def _convolution(

@@ -37,27 +37,6 @@ def check_table(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         )
 
 
-class _Blocks(Rows):
-    """Look-ups in a table whose rows are vectors, matrices or single numbers, over one or several leading axes."""
-
-    def __init__(self, index: Tensor, g: Tensor, shape: tuple[int, ...], num_axes: int) -> None:
-        super().__init__(index, g, math.prod(shape[:num_axes]))
-        self._shape, self._num_axes = shape, num_axes
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    def dense(self) -> Tensor:
-        return super().dense().reshape(-1, *self._shape)
-
-    def weighted_sum(self, weight: Tensor) -> Tensor:
-        return super().weighted_sum(weight).reshape(self._shape)
-
-    def where(self, keep: Tensor) -> Rows:
-        return _Blocks(self.index, super().where(keep).g, self._shape, self._num_axes)
-
-
 def lookup(operation: Operation, input: Tensor, index: Any) -> Recording | None:
     """``input[i]`` or ``input[i, j]`` with integers of one shape that carry the samples, and input ``[V, *]``."""
     indices = list(index) if isinstance(index, tuple) else [index]
@@ -74,7 +53,7 @@ def lookup(operation: Operation, input: Tensor, index: Any) -> Recording | None:
             place = place * size + i % size
         g = split(g)
         positions = split(place).flatten(1)
-        file(_Blocks(positions, g.reshape(*positions.shape, -1), shape, count))
+        file(Rows(positions, g.reshape(*positions.shape, -1), math.prod(shape[:count]), shape))
 
     return record, indices
 

@@ -10,9 +10,8 @@ Two ways, both a vector-Jacobian product of the one function with the output gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from lightning_dp.bookkeeping.entries import Dense
 from lightning_dp.bookkeeping.interception import float_outputs
 from lightning_dp.bookkeeping.layout import Kind
 from lightning_dp.bookkeeping.operation import File, Operation, Recording
+from lightning_dp.bookkeeping.precision import autocast_now
 from lightning_dp.bookkeeping.random_state import replaying
 from lightning_dp.errors import UnsupportedModelError
 
@@ -72,7 +72,7 @@ class Replay:
     def __init__(self, operation: Operation) -> None:
         leaves, self._spec = tree_flatten((operation.args, operation.kwargs))
         self._func = operation.func
-        self._autocast, self._random_state = _autocast_now(), operation.random_state
+        self._autocast, self._random_state = autocast_now(), operation.random_state
         filings = [operation.filing(leaf) for leaf in leaves]
         self._trained_at = [k for k, file in enumerate(filings) if file is not None]
         self.files: list[File] = [file for file in filings if file is not None]
@@ -164,13 +164,3 @@ def _one_at_a_time(g: Tensor, axis: SampleAxis | None, num_samples: int) -> Tens
 
 def _axis(axes: tuple[SampleAxis | None, ...], at: int) -> SampleAxis | None:
     return axes[at] if axes else None
-
-
-def _autocast_now() -> Callable[[], list[AbstractContextManager[Any]]]:
-    """Return the autocast state of the forward pass, as contexts to enter again in the backward pass."""
-    states = [
-        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
-    ]
-    return lambda: [torch.autocast(device, dtype, enabled, cache_enabled=False) for device, dtype, enabled in states]

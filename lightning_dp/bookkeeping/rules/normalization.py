@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.bookkeeping.axes import merge_rows
-from lightning_dp.bookkeeping.entries import SUMMED, Dense, accurate
+from lightning_dp.bookkeeping.entries import SUMMED, Dense
 from lightning_dp.bookkeeping.operation import Operation, Recording
+from lightning_dp.bookkeeping.precision import accurate
 
 
 def layer_norm(
@@ -45,18 +47,37 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Recording | None:
-    """Group normalisation of ``[N, C, ...]``; weight and bias are ``[C]``."""
+    """Group normalisation of ``[N, C, ...]``; weight and bias are ``[C]``.
 
-    def channels_last(t: Tensor) -> Tensor:
-        return t.movedim(2, -1)  # the samples are split off in front: [B, rows, C, ...]
-
-    def normalize(x: Tensor) -> Tensor:
-        return F.group_norm(x, num_groups, eps=eps)
-
-    axis = operation.axis(input)
-    if axis is None or axis.dim != 0:
+    To the library's own kernel, all samples are the groups of one: it then keeps their gradients apart.
+    """
+    file_weight, file_bias = operation.filing(weight), operation.filing(bias)
+    axis, split = operation.axis(input), operation.split_output()
+    if axis is None or axis.dim != 0 or axis != operation.layout.outputs[0]:
         return None
-    return _affine(operation, input, 1, weight, bias, normalize, channels_last)
+
+    def record(g: Tensor, x: Tensor | None = None) -> None:
+        g = accurate(g)
+        if file_weight is not None and x is not None:
+            file_weight(Dense(split(_group_norm_weight(accurate(x), g, num_groups, eps)).sum(1), SUMMED))
+        if file_bias is not None:
+            file_bias(Dense(split(g.flatten(2).sum(2) if g.dim() > 2 else g).sum(1), SUMMED))
+
+    return record, [input] if file_weight is not None else []
+
+
+def _group_norm_weight(x: Tensor, g: Tensor, num_groups: int, eps: float) -> Tensor:
+    """Return the gradient of the weight for every row, ``[N, C]``."""
+    rows, channels = x.shape[:2]
+    positions, x, g = x[0, 0].numel(), x.contiguous(), g.to(x.dtype).contiguous()
+    _, mean, rstd = torch.native_group_norm(x, None, None, rows, channels, positions, num_groups, eps)
+    groups = rows * num_groups
+    one = [t.view(1, rows * channels, *t.shape[2:]) for t in (g, x)] + [t.view(1, groups) for t in (mean, rstd)]
+    found = torch.ops.aten.native_group_norm_backward(
+        *one, None, 1, rows * channels, positions, groups, [False, True, False]
+    )
+    weight: Tensor = found[1]
+    return weight.view(rows, channels)
 
 
 def _over_last_axes(
@@ -70,7 +91,7 @@ def _over_last_axes(
     axis = operation.axis(input)
     if axis is None or axis.dim >= input.dim() - num_axes:
         return None
-    return _affine(operation, input, num_axes, weight, bias, normalize, lambda t: t)
+    return _affine(operation, input, num_axes, weight, bias, normalize)
 
 
 def _affine(
@@ -80,7 +101,6 @@ def _affine(
     weight: Tensor | None,
     bias: Tensor | None,
     normalize: Callable[[Tensor], Tensor],
-    features_last: Callable[[Tensor], Tensor],
 ) -> Recording | None:
     """File ``sum_t g * normalised`` for the weight and ``sum_t g`` for the bias."""
     file_weight, file_bias = operation.filing(weight), operation.filing(bias)
@@ -89,12 +109,12 @@ def _affine(
         return None
 
     def per_sample(t: Tensor) -> Tensor:
-        return merge_rows(features_last(split(t)), feature_dims).sum(1)
+        return merge_rows(split(t), feature_dims).sum(1)
 
     def record(g: Tensor, x: Tensor | None = None) -> None:
         g = accurate(g)
         if file_weight is not None and x is not None:
-            file_weight(Dense(per_sample(normalize(accurate(x)) * g), SUMMED))
+            file_weight(Dense(per_sample(normalize(accurate(x)).mul_(g)), SUMMED))
         if file_bias is not None:
             file_bias(Dense(per_sample(g), SUMMED))
 

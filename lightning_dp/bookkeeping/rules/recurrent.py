@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lightning_dp.bookkeeping.axes import SampleAxis
 from lightning_dp.bookkeeping.call import identity
-from lightning_dp.bookkeeping.entries import accurate
 from lightning_dp.bookkeeping.layout import key_of
 from lightning_dp.bookkeeping.operation import Operation, Recording
 from lightning_dp.bookkeeping.packing import Packing, packing_of
+from lightning_dp.bookkeeping.precision import accurate
 from lightning_dp.bookkeeping.random_state import replaying
 from lightning_dp.bookkeeping.refusals import refusal
 from lightning_dp.bookkeeping.rules.generic import Replay

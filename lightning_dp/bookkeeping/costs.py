@@ -1,0 +1,163 @@
+"""What the norms of a matrix product, or of a convolution, cost by how they are found.
+
+Owns: the choice. Does not own: any of the ways (``entries``, ``rules.convolution``).
+
+The gradient of sample ``i`` is ``G_i = sum_t g_it a_it^T``. The clipped sum of all samples costs what ordinary training
+pays for the gradient; the norms come on top:
+
+| way | arithmetic | memory |
+|---|---|---|
+| ghost: ``<A_i A_i^T, g_i g_i^T>`` (arXiv 2210.00038) | ``B T^2 (p + d)`` | a, g and ``2 B T^2`` |
+| kept: ``G_i`` is made when g comes back, a and g are let go, and the sum is one of B matrices | none | ``B p d`` |
+| tiled: ``G_i`` is made for the norm, and dropped | ``B T p d`` | a, g and ``p d`` |
+
+Which is fastest depends on the shape and on how much arithmetic a device does while it moves a number. That is measured
+once. What no formula tells, as for the kernels of convolutions, is tried once for every shape.
+
+Shapes: B samples, T positions of one sample, d inputs, p outputs.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_REPEATS = 20
+"""Many and short, so that one of them is likely to have the machine for itself."""
+
+_SIZES = {"cpu": (256, 2**21), "cuda": (4096, 2**25)}
+"""For the measurement: rows of a matrix, and elements that are moved."""
+
+HALVED = 128
+"""From so many positions on, a Gram matrix is made of three of its four quarters."""
+
+_FASTEST: dict[Hashable, str] = {}
+
+
+class Way(enum.Enum):
+    """How the norms of a matrix product are found; the value says it in a few words."""
+
+    GHOST = "ghost norm"
+    KEPT = "materialised, kept"
+    TILED = "materialised in tiles"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device is.
+
+    Args:
+        products: Multiply-adds per second in large matrix products.
+        elements: Elements per second that are written, or read, in memory.
+    """
+
+    products: float
+    elements: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a matrix product.
+
+    Args:
+        samples: B.
+        positions: T.
+        inputs: d.
+        outputs: p.
+    """
+
+    samples: int
+    positions: int
+    inputs: int
+    outputs: int
+
+    @property
+    def kept(self) -> int:
+        """Elements of the gradients of all samples."""
+        return self.samples * self.inputs * self.outputs
+
+    @property
+    def extra(self) -> int:
+        """Elements that keeping them takes beyond the inputs and output gradients that are let go for them."""
+        return self.kept - self.samples * self.positions * (self.inputs + self.outputs)
+
+
+@functools.lru_cache(maxsize=4096)
+def cheapest(shape: Shape, rates: Rates, spare: int, kept: bool = True) -> Way:
+    """Return the fastest way that the memory allows.
+
+    Args:
+        shape: Of the product.
+        rates: Of the device.
+        spare: How many elements may be held in addition.
+        kept: Whether the gradients may be kept at all.
+    """
+    seconds = _seconds(shape, rates)
+    if not kept or shape.extra > spare:
+        del seconds[Way.KEPT]
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _seconds(shape: Shape, rates: Rates) -> dict[Way, float]:
+    """Return what each way costs beyond the clipped sum that every other way has to make."""
+    b, t, d, p = shape.samples, shape.positions, shape.inputs, shape.outputs
+    product, written_and_read = shape.kept * t / rates.products, 2 * shape.kept / rates.elements
+    scaled = 2 * b * t * min(d, p) / rates.elements  # the weights of the sum are multiplied on the narrower side
+    grams = (0.75 if t >= HALVED else 1.0) * b * t * t * ((p + d) / rates.products + 6 / rates.elements)
+    return {
+        Way.GHOST: grams + scaled,
+        Way.KEPT: written_and_read + shape.kept / rates.elements,  # read once more for the sum
+        Way.TILED: product + written_and_read + scaled,
+    }
+
+
+def rates_of(t: Tensor) -> Rates:
+    """Return the rates of the device and the type of a tensor, measured when first asked."""
+    return _measured(t.device, t.dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _measured(device: torch.device, dtype: torch.dtype, num_threads: int) -> Rates:
+    side, size = _SIZES.get(device.type, _SIZES["cpu"])
+    square, long = torch.ones(side, side, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
+    products = side**3 / _shortest(lambda: square @ square, device)
+    elements = 2 * size / _shortest(lambda: long * 2, device)  # written into new memory, as what is kept is
+    return Rates(products, elements)
+
+
+def fastest(key: Hashable, ways: Mapping[str, Callable[[], object]], device: torch.device) -> str:
+    """Return the name of the fastest way, tried twice when first asked about ``key``.
+
+    Args:
+        key: Whatever the time depends on.
+        ways: What to run, by name.
+        device: Where it runs.
+    """
+    if len(ways) == 1:
+        return next(iter(ways))
+    if key not in _FASTEST:
+        _FASTEST[key] = min(ways, key=lambda name: _shortest(ways[name], device, repeats=2))
+    return _FASTEST[key]
+
+
+def _shortest(work: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
+    """Return the seconds of the fastest of a few runs."""
+
+    def once() -> float:
+        _wait_for(device)
+        start = time.perf_counter()
+        work()
+        _wait_for(device)
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(repeats))
+
+
+def _wait_for(device: torch.device) -> None:
+    getattr(torch, device.type).synchronize()

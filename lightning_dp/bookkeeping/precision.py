@@ -1,0 +1,42 @@
+"""The precision of norms and sums, whatever the model computes in.
+
+Owns: what is stored in 16 bits made float32, and autocast switched off. A norm found in 16 bits is no bound: it may be
+half a per cent too small, and a clipped gradient then exceeds the sensitivity by as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DEVICES = ("cpu", "cuda")
+
+
+def accurate(t: Tensor) -> Tensor:
+    """Return ``t`` without its graph, in float32 if it is stored in 16 bits."""
+    t = t.detach()
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the precision of the tensors; under manual optimization a backward pass runs inside autocast."""
+    with ExitStack() as stack:
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def autocast_now() -> Callable[[], list[AbstractContextManager[Any]]]:
+    """Return the autocast state of the forward pass, as contexts to enter again in the backward pass."""
+    states = [
+        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        for device in _DEVICES
+        if torch.is_autocast_enabled(device)
+    ]
+    return lambda: [torch.autocast(device, dtype, enabled, cache_enabled=False) for device, dtype, enabled in states]
