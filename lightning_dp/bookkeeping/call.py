@@ -17,7 +17,7 @@ _SWAPS = {"transpose", "swapaxes", "swapdims"}
 _COPIES = {"clone", "contiguous", "to", "float", "double", "bfloat16", "type_as", "type"}
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Call:
     """One call of a torch function, and how the recorder knows it."""
 

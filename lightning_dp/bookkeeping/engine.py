@@ -14,7 +14,15 @@ from torch import nn
 
 from lightning_dp.bookkeeping.base import Keeping
 from lightning_dp.bookkeeping.book import Book
-from lightning_dp.bookkeeping.interception import Handler, intercepting, swapped, unswapped, without_interception
+from lightning_dp.bookkeeping.interception import (
+    Anchor,
+    Handler,
+    check_swappable,
+    intercepting,
+    swapped,
+    unswapped,
+    without_interception,
+)
 from lightning_dp.bookkeeping.layout import Layouts
 from lightning_dp.bookkeeping.observation import Forward, add, observe
 from lightning_dp.bookkeeping.recorder import Recorder
@@ -45,11 +53,12 @@ class BookKeeping(Keeping):
 
     def __init__(self, trained: Mapping[str, nn.Parameter], others: Mapping[str, nn.Parameter] | None = None) -> None:
         super().__init__(trained, others)
-        self._swapped = [*trained.items(), *(others or {}).items()]
+        every = {p: name for name, p in [*trained.items(), *(others or {}).items()][::-1]}  # shared ones once
+        self._swapped = [(name, p) for p, name in reversed(every.items())]
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self._classes: dict[type, type] = {}
         self._handler: Handler = _as_usual
-        self._layouts = Layouts()
+        self._layouts, self._anchor = Layouts(), Anchor()
         self._recorder: Recorder | None = None
         # A fit with Adam holds four times its parameters: half of them is an eighth more.
         self._spare = max(_SPARE, sum(parameter.numel() for parameter in trained.values()) // 2)
@@ -140,7 +149,7 @@ class BookKeeping(Keeping):
         return escaped(name, self._layouts.where(name))
 
     def _new_recorder(self, num_samples: int) -> Recorder:
-        recorder = Recorder(self._names, self._layouts, num_samples, self._is_recording)
+        recorder = Recorder(self._names, self._layouts, num_samples, self._is_recording, self._anchor)
         recorder.book.spare = self._spare
         return recorder
 
@@ -156,8 +165,9 @@ class BookKeeping(Keeping):
         finally:
             self._handler = _as_usual
 
-    def _class_for(self, base: type) -> type:
+    def _class_for(self, name: str, base: type) -> type:
         if base not in self._classes:
+            check_swappable(name, base)
             self._classes[base] = intercepting(base, lambda *call: self._handler(*call))
         return self._classes[base]
 

@@ -83,28 +83,28 @@ def intercepting(base: type[Tensor], handler: Handler) -> type[Tensor]:
 
 
 @contextmanager
-def swapped(parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[[type], type]) -> Iterator[None]:
-    """Give every named parameter the class ``class_for(its class)`` and its own class back at the end.
+def swapped(parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[[str, type], type]) -> Iterator[None]:
+    """Give every parameter the class ``class_for(name, its class)`` and its own class back at the end.
+
+    Args:
+        parameters: The parameters with their names, each once.
+        class_for: Returns the class, or raises if there is none.
 
     Raises:
-        UnsupportedModelError: If a parameter is not initialised yet or has a ``__torch_function__`` of its own.
+        UnsupportedModelError: If a parameter has a hook.
     """
     originals: list[tuple[nn.Parameter, type]] = []
-    seen: set[int] = set()
     try:
         for name, parameter in parameters:
-            if id(parameter) in seen:  # shared, under two names
-                continue
-            seen.add(id(parameter))
             own = type(parameter)
-            _check_swappable(name, own)
+            other = class_for(name, own)
             if parameter._backward_hooks:
                 raise UnsupportedModelError(
                     f"parameter '{name}' has a gradient hook (register_hook), which would never run: no gradient of "
                     "the whole batch is computed for it. Remove the hook, and change the loss or freeze instead."
                 )
             originals.append((parameter, own))
-            parameter.__class__ = class_for(own)
+            parameter.__class__ = other
         with uncompiled():
             yield
     finally:
@@ -130,7 +130,12 @@ def is_swapped(t: Any) -> bool:
     return getattr(type(t), "is_swapped", False)
 
 
-def _check_swappable(name: str, own: type[nn.Parameter]) -> None:
+def check_swappable(name: str, own: type[nn.Parameter]) -> None:
+    """Raise if the functions that a parameter of a class enters cannot be seen.
+
+    Raises:
+        UnsupportedModelError: If it is not initialised yet or has a ``__torch_function__`` of its own.
+    """
     if issubclass(own, UninitializedTensorMixin):
         raise UnsupportedModelError(
             f"parameter '{name}' is not initialised yet ({own.__name__}): run one forward pass of the lazy module "
@@ -143,12 +148,29 @@ def _check_swappable(name: str, own: type[nn.Parameter]) -> None:
         )
 
 
+class Anchor:
+    """A leaf that stands for the trained parameters in the graph of autograd.
+
+    Attributes:
+        leaf: The leaf: what is made of it requires a gradient.
+    """
+
+    def __init__(self) -> None:
+        self.leaf = torch.zeros((), requires_grad=True)
+        self._node = torch.autograd.graph.get_gradient_edge(self.leaf).node
+
+    def is_wanted(self) -> bool:
+        """Whether the backward pass that runs now would accumulate into the parameters."""
+        wanted: bool = torch._C._will_engine_execute_node(self._node)  # type: ignore[attr-defined]
+        return wanted
+
+
 class Tap(torch.autograd.Function):
     """The identity on the outputs of one function; hands their gradients to ``record`` in the backward pass.
 
     What ``record`` needs of the forward pass goes through ``save_for_backward``, so that activation checkpointing can
-    drop and recompute it. The ``anchor`` makes the outputs require a gradient, and stands for the parameters:
-    ``wanted`` tells whether this backward pass would accumulate into them.
+    drop and recompute it. The leaf of an `Anchor` makes the outputs require a gradient; ``wanted`` tells whether this
+    backward pass, which must be one without a graph of its own, would accumulate into the parameters.
     """
 
     @staticmethod
@@ -174,11 +196,12 @@ class Tap(torch.autograd.Function):
         """Hand on the gradients, and to ``record``."""
         if ctx.wanted():
             saved = ctx.saved_tensors  # may recompute a checkpointed forward pass, which must be seen
-            with torch.no_grad(), without_autocast(), without_interception():
+            with without_autocast(), without_interception():
                 ctx.record(*gradients, *saved)
         return (None, None, None, None, *gradients, *[None] * ctx.num_saved)
 
 
+@functools.lru_cache(maxsize=1000)
 def function_name(func: Callable[..., Any]) -> str | None:
     """Return the name of a torch function; ``None`` if it is never differentiated (``p.shape``, ``p.detach()``)."""
     name: str = getattr(func, "__name__", type(func).__name__)
@@ -193,24 +216,31 @@ def function_name(func: Callable[..., Any]) -> str | None:
 def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the leaves of the arguments of a function, in a fixed order."""
     leaves = [*args, *kwargs.values()] if kwargs else list(args)
-    if any(isinstance(leaf, _CONTAINERS) for leaf in leaves):
-        return tree_leaves((args, kwargs))
-    return leaves
+    return tree_leaves((args, kwargs)) if _is_nested(leaves) else leaves
+
+
+def _is_nested(leaves: Iterable[Any]) -> bool:
+    # no any() here nor below: making a generator takes longer than looking at three arguments
+    for leaf in leaves:  # noqa: SIM110
+        if isinstance(leaf, _CONTAINERS):
+            return True
+    return False
 
 
 def map_leaves(
     change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments with every leaf changed."""
-    if any(isinstance(leaf, _CONTAINERS) for leaf in (*args, *kwargs.values())):
+    if _is_nested(args) or (kwargs and _is_nested(kwargs.values())):
         return tree_map(change, args), tree_map(change, kwargs)
-    return tuple(change(leaf) for leaf in args), {name: change(leaf) for name, leaf in kwargs.items()}
+    return tuple([change(leaf) for leaf in args]), {name: change(leaf) for name, leaf in kwargs.items()}
 
 
 def float_outputs(result: Any) -> tuple[Tensor, ...]:
     """Return the outputs of a function that can have a gradient: real and complex ones."""
-    outputs = result if isinstance(result, tuple | list) else (result,)
-    return tuple(t for t in outputs if _is_float(t))
+    if isinstance(result, Tensor):
+        return (result,) if _is_float(result) else ()
+    return tuple(filter(_is_float, result)) if isinstance(result, tuple | list) else ()
 
 
 def with_float_outputs(result: Any, replacements: Iterable[Tensor]) -> Any:
@@ -231,6 +261,8 @@ def check_outputs(name: str, result: Any) -> None:
     Raises:
         UnsupportedModelError: If outputs are nested in one another.
     """
+    if isinstance(result, Tensor):
+        return
     known = {id(t) for t in float_outputs(result)}
     if any(_is_float(t) and id(t) not in known for t in tree_leaves(result)):
         raise UnsupportedModelError(

@@ -155,6 +155,9 @@ class Layouts:
         Raises:
             UnsupportedModelError: If occurrences differ and which one this is cannot be told.
         """
+        layout = self._unanimous.get((key, recomputed))
+        if layout is not None:
+            return layout
         if key not in self._uses:
             return None
         layout = self._agreed(key, recomputed)

@@ -172,7 +172,7 @@ class NotingKeeping(BookKeeping):
     """The book of the last pass."""
 
     def _new_recorder(self, num_samples: int) -> Recorder:
-        recorder = NotingRecorder(self._names, self._layouts, num_samples, self._is_recording)
+        recorder = NotingRecorder(self._names, self._layouts, num_samples, self._is_recording, self._anchor)
         self.noted = recorder.book
         return recorder
 

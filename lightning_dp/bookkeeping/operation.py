@@ -28,9 +28,9 @@ Rule = Callable[..., Recording | None]
 """``rule(operation, *args, **kwargs)`` with the arguments of the torch function; ``None`` where it does not apply."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Operation:
-    """One call of a function.
+    """One call of a function; not frozen, as there is one for every call, and frozen ones take long to make.
 
     Args:
         func: The function.
@@ -64,8 +64,10 @@ class Operation:
 
     def axis(self, argument: Tensor) -> SampleAxis | None:
         """Return the sample axis of an argument."""
-        at = next(k for k, leaf in enumerate(self.leaves) if leaf is argument)
-        return self.layout.leaves[at]
+        for leaf, axis in zip(self.leaves, self.layout.leaves, strict=False):
+            if leaf is argument:
+                return axis
+        raise AssertionError("a rule asks for an argument of its function")
 
     def split(self, argument: Tensor) -> Split | None:
         """Return the split of an argument into samples, or ``None`` if it carries none."""

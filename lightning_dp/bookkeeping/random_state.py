@@ -32,7 +32,7 @@ class RandomState:
     def of_all() -> RandomState:
         """Return the present state with those of Python and NumPy, by which layers may be dropped."""
         now, numpy = RandomState.now(), sys.modules.get("numpy")
-        return RandomState(now.cpu, now.cuda, random.getstate(), numpy and numpy.random.get_state())
+        return RandomState(now.cpu, now.cuda, random.getstate(), numpy and numpy.random.get_state(legacy=False))
 
     def restore(self) -> None:
         """Set the generators to this state."""
@@ -51,9 +51,11 @@ class RandomState:
         return torch_differs or self.python != other.python or _plain(self.numpy) != _plain(other.numpy)
 
 
-def _plain(numpy: Any) -> tuple[Any, ...]:
+def _plain(numpy: Any) -> Any:
     """Return NumPy's state as something that can be compared."""
-    return () if numpy is None else (numpy[0], numpy[1].tolist(), *numpy[2:])
+    if isinstance(numpy, dict):
+        return {name: _plain(value) for name, value in numpy.items()}
+    return numpy.tolist() if hasattr(numpy, "tolist") else numpy
 
 
 @contextmanager

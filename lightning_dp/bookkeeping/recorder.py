@@ -9,6 +9,7 @@ computes no weight gradient; a `Tap` on its output receives the output gradient 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from lightning_dp.bookkeeping.book import Book, Derived, Target, release
 from lightning_dp.bookkeeping.call import Call, identity, is_copy, is_transposition
 from lightning_dp.bookkeeping.interception import (
+    Anchor,
     Tap,
     check_outputs,
     flat,
@@ -61,19 +63,23 @@ class Recorder:
         layouts: What was observed of the model.
         num_samples: B, the number of samples in the batch.
         recording: Whether a pass is being recorded now, this one or a later one.
+        anchor: Stands for the parameters.
     """
 
     def __init__(
-        self, names: Mapping[int, str], layouts: Layouts, num_samples: int, recording: Callable[[], bool]
+        self,
+        names: Mapping[int, str],
+        layouts: Layouts,
+        num_samples: int,
+        recording: Callable[[], bool],
+        anchor: Anchor,
     ) -> None:
         self.book = Book(num_samples)
         self._names, self._layouts, self._recording_now = names, layouts, recording
         self._occurrences: dict[Key, int] = {}
         self._roots: dict[str, Tensor] = {}
-        self._derived_class = intercepting(Tensor, self.dispatch)
         self._made: list[weakref.ref[Tensor]] = []
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._anchor_node = torch.autograd.graph.get_gradient_edge(self._anchor).node
+        self._anchor = anchor
         self._num_taps = self._num_received = 0
         self._closed = False
 
@@ -152,7 +158,7 @@ class Recorder:
             raise unobserved(call.key)
         record, saved = self._recording(call, layout, random_state)
         self._num_taps += 1
-        taps = Tap.apply(self._wanted, record, len(outputs), self._anchor, *outputs, *saved)
+        taps = Tap.apply(self._wanted, record, len(outputs), self._anchor.leaf, *outputs, *saved)
         return with_float_outputs(result, taps if isinstance(taps, tuple) else (taps,))
 
     def _layout(self, key: Key) -> Layout | None:
@@ -167,7 +173,7 @@ class Recorder:
         """Whether the backward pass that runs now would accumulate into the parameters; asked by every `Tap`."""
         if torch.is_grad_enabled():
             raise inner_gradient("an input or an activation")
-        wanted: bool = torch._C._will_engine_execute_node(self._anchor_node)  # type: ignore[attr-defined]
+        wanted = self._anchor.is_wanted()
         if wanted and self._closed:
             raise closed_before()
         self._num_received += wanted
@@ -190,8 +196,7 @@ class Recorder:
             random_state=random_state,
         )
         # Rules are about real numbers; the generic one is about any.
-        is_complex = any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in call.leaves)
-        rule = find_rule(call.func) if layout.kind is Kind.PER_SAMPLE and not is_complex else None
+        rule = find_rule(call.func) if layout.kind is Kind.PER_SAMPLE and not _is_complex(call.leaves) else None
         recording = rule(operation, *call.args, **call.kwargs) if rule is not None else None
         record, saved = recording if recording is not None else generic(operation)
         return naming(call.key, layout, record), saved
@@ -264,14 +269,20 @@ class Recorder:
         return is_swapped(t)
 
     def _target_of(self, leaf: Any) -> Target | None:
+        name = self._names.get(id(leaf))
+        if name is not None:
+            return name if leaf.requires_grad else None
         derived: Derived | None = getattr(leaf, "derived", None) if isinstance(leaf, Tensor) else None
         if derived is not None:
             if (self._closed or type(leaf) is not self._derived_class) and self._recording_now():
                 raise kept_from_before(derived.identity)
             if leaf._version != leaf.version:
                 raise overwritten(derived.identity)
-            return derived
-        return self._names.get(id(leaf)) if isinstance(leaf, torch.nn.Parameter) and leaf.requires_grad else None
+        return derived
+
+    @functools.cached_property
+    def _derived_class(self) -> type[Tensor]:
+        return intercepting(Tensor, self.dispatch)  # only if there is any: to make a class takes long
 
     def _only_parameters(self, call: Call) -> bool:
         return not any(isinstance(leaf, Tensor) and self._target_of(leaf) is None for leaf in call.leaves)
@@ -287,3 +298,10 @@ class Recorder:
                 self._roots[target] = leaf.detach().requires_grad_()
             return self._roots[target]
         return leaf.as_subclass(Tensor) if isinstance(target, Derived) else self._plain(leaf)
+
+
+def _is_complex(leaves: list[Any]) -> bool:
+    for leaf in leaves:  # noqa: SIM110 - many times in every step, and any() takes longer
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            return True
+    return False

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.special import rel_entr
 from torch.utils.data import DataLoader
 
@@ -140,9 +142,27 @@ class PoissonLoader:
         return self._collate([copy.deepcopy(fetched[i]) for unit in units for i in examples_of[unit]])
 
     def draw(self, sample_rate: float) -> list[int]:
-        """Return the units of one logical batch."""
-        chosen = self._random.uniform(self.units.num_units) < sample_rate
-        return chosen.nonzero().flatten().tolist()
+        """Return the units of one logical batch, in their order.
+
+        From one drawn unit to the next it is ``floor(log(u) / log(1 - q)) + 1`` units for a uniform u in (0, 1], which
+        is as far as from one success to the next in independent trials. So a draw takes time for those drawn, not for
+        all N.
+        """
+        num_units, last, drawn = self.units.num_units, -1, list[NDArray[np.int64]]()
+        expected, log_of_rest = num_units * sample_rate, math.log1p(-sample_rate) if sample_rate < 1 else -math.inf
+        while last < num_units:
+            gaps = np.floor(np.log(self._positive(int(expected + 6 * math.sqrt(expected)) + 8)) / log_of_rest) + 1
+            drawn.append(last + np.minimum(gaps, num_units + 1).astype(np.int64).cumsum())
+            last = int(drawn[-1][-1])
+        units = np.concatenate(drawn)
+        found: list[int] = units[units < num_units].tolist()
+        return found
+
+    def _positive(self, size: int) -> NDArray[np.float64]:
+        """Return independent uniform values in (0, 1], with 53 bits after their first one, however small they are."""
+        coarse, fine = self._random.uniform(2 * size).numpy().reshape(2, size)
+        values: NDArray[np.float64] = (1 - coarse) - fine * 2**-53
+        return values
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the draws are independent, so an epoch can be resumed anywhere."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError, UnsupportedModelError
+from lightning_dp.strategies.tree import Tree
 
 _TUNERS = ("LearningRateFinder", "BatchSizeFinder", "_LRCallback")
 
@@ -159,15 +160,37 @@ def check_undivided(others: Iterator[object]) -> None:
         )
 
 
+def facts(tree: Tree, optimizers: Iterable[Optimizer]) -> list[Any]:
+    """Return all that the checks of module and parameters go by: nothing is to be checked again for the same objects.
+
+    Args:
+        tree: The user's module.
+        optimizers: All that train it.
+    """
+    groups = [(optimizer, group["params"]) for optimizer in optimizers for group in optimizer.param_groups]
+    norms = [m for m in tree.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+    in_groups = [p for _, parameters in groups for p in parameters]
+    return [
+        *tree.held,
+        *[x for m in norms for x in (m.training, m.track_running_stats, m.running_mean is None)],
+        *[x for optimizer, parameters in groups for x in (optimizer, *parameters)],
+        *[p.requires_grad for p in (*tree.parameters, *in_groups)],
+        *[_has_hook(p) for p in in_groups],
+    ]
+
+
 def check_hooks(trained: Mapping[str, nn.Parameter]) -> None:
     """Raise if a trained parameter has a hook that would see, or act on, its gradient before noise is added."""
     for name, parameter in trained.items():
-        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            if getattr(parameter, kind, None):
-                raise UnsupportedModelError(
-                    f"parameter '{name}' has a gradient hook: it would act on gradients without noise. Remove it, or "
-                    "do its work in on_before_optimizer_step, which sees the released gradients."
-                )
+        if _has_hook(parameter):
+            raise UnsupportedModelError(
+                f"parameter '{name}' has a gradient hook: it would act on gradients without noise. Remove it, or "
+                "do its work in on_before_optimizer_step, which sees the released gradients."
+            )
+
+
+def _has_hook(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def loss_of(output: Any) -> Tensor | None:

@@ -95,13 +95,13 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
             arguments = rest if batch_idx is None else [batch_idx, *rest[1:]]
             return Strategy.training_step(self, data, *arguments[: len(rest)], **kwargs)
 
-        keeping = self._begin(delivered, run_step)
+        prepared = self._begin(delivered, run_step)
         for other in others:
             moved = PhysicalBatch(self._moved(other.data), other.num_rows, other.num_real)
-            loss = checks.loss_of(self._forward(keeping, moved, run_step))
+            loss = checks.loss_of(self._forward(prepared, moved, run_step))
             if loss is not None:
                 self.backward(loss, self.optimizers[0])
-        output = self._forward(keeping, PhysicalBatch(batch, delivered.num_rows, delivered.num_real), run_step)
+        output = self._forward(prepared, PhysicalBatch(batch, delivered.num_rows, delivered.num_real), run_step)
         if self._module.automatic_optimization:
             checks.loss_of(output)
         return output
@@ -138,7 +138,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         with self._stepping.paused():
             return super().optimizer_step(optimizer, private_closure, model, **kwargs)
 
-    def _begin(self, drawn: Drawn, run_step: Callable[..., Any]) -> Keeping:
+    def _begin(self, drawn: Drawn, run_step: Callable[..., Any]) -> Prepared:
         """Begin a logical batch; on the first one, and when other parameters are trained, observe the model."""
         checks.check_trainer(self._module.trainer)
         prepared = self._prepared
@@ -146,13 +146,14 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
             prepared = prepare(self._module, self._run, self._with_transfer(run_step), self._put)
             self._prepared, self._stepping = prepared, prepared.stepping
         self._stepping.begin_draw(drawn.step, self._run.mechanism_of(drawn))
-        return prepared.keeping
+        return prepared
 
-    def _forward(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
+    def _forward(self, prepared: Prepared, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
         """Run the training step on a physical batch; if it takes a branch that no step before took, look at that."""
+        keeping = prepared.keeping
         if not self._module.automatic_optimization or not isinstance(keeping, BookKeeping):
             return self._recorded(keeping, batch, run_step)  # optimizers may have stepped before a refusal
-        attempt = Attempt(self._module)
+        attempt = Attempt(prepared.tree)
         try:
             return self._recorded(keeping, batch, run_step)
         except NotObserved:

@@ -6,7 +6,7 @@ Owns: the order of the looking, and what follows from it. Does not own: any sing
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,12 +21,13 @@ from lightning_dp.strategies.observing import Observer
 from lightning_dp.strategies.record import training_record
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.stepping import AutomaticStepping, Stepping
+from lightning_dp.strategies.tree import Tree, same
 from lightning_dp.strategies.trials import AutomaticTrial, ManualTrial
 
 Parameters = dict[str, nn.Parameter]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Prepared:
     """A model that was looked at.
 
@@ -34,20 +35,31 @@ class Prepared:
         keeping: Finds its per-sample gradients.
         stepping: Releases them.
         public: The optimizers whose gradients do not depend on the training data.
+        trained: The parameters that are trained privately, by name.
+        tree: The user's module.
     """
 
     keeping: Keeping
     stepping: Stepping
     public: Set[Optimizer]
+    trained: Parameters
+    tree: Tree
+    _facts: list[Any] = field(default_factory=list)
 
     def holds_for(self, module: pl.LightningModule) -> bool:
-        """Whether the same parameters are still to be trained.
+        """Whether the same parameters are still to be trained; then none has a gradient of the step before.
 
         Raises:
             PrivacyError: If something has appeared since that cannot be trained privately.
         """
-        trained, _ = _checked_parameters(module, self.public)
-        return self.keeping.trains(trained)
+        self.tree.look()
+        facts = checks.facts(self.tree, module.trainer.optimizers)
+        if not same(facts, self._facts):
+            if not self.keeping.trains(_checked_parameters(module, self.public)[0]):
+                return False
+            self._facts = facts
+        _forget_gradients(module, self.trained)
+        return True
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,8 @@ def prepare(
     run.training = training_record(module, run, found, keeping)
     if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
         return _prepare_manual(module, run, keeping, found, found.trial)
-    return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.book), frozenset())
+    stepping = AutomaticStepping(keeping, run.private_step(found.trained), run.book)
+    return Prepared(keeping, stepping, frozenset(), found.trained, Tree(module))
 
 
 def look_again(
@@ -157,7 +170,7 @@ def _prepare_manual(
     _announce(module.trainer.optimizers, found.public)
     public = checks.named_groups(module, found.public)
     stepping = ManualStepping(keeping, run.private_step(found.trained), run.book, trial.groups, releases, public)
-    return Prepared(keeping, stepping, found.public)
+    return Prepared(keeping, stepping, found.public, found.trained, Tree(module))
 
 
 def _checked_parameters(
@@ -168,10 +181,14 @@ def _checked_parameters(
     private = [optimizer for optimizer in module.trainer.optimizers if optimizer not in public]
     trained, others = checks.trained_parameters(module, private, public)
     checks.check_hooks(trained)
+    _forget_gradients(module, trained)
+    return trained, others
+
+
+def _forget_gradients(module: pl.LightningModule, trained: Parameters) -> None:
     if module.automatic_optimization:
         for parameter in trained.values():
             parameter.grad = None  # of the step before: not an escape from the book
-    return trained, others
 
 
 def _announce(optimizers: list[Optimizer], public: Set[Optimizer]) -> None:

@@ -6,8 +6,9 @@ Owns: what is put back. Does not own: what is tried.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchmetrics import Metric
 
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.strategies.tree import Tree, same
 from lightning_dp.strategies.written import Written
 
 
@@ -106,13 +108,14 @@ def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
                 yield owner, name, value
 
 
-_PLAIN = (bool, int, float, str, type(None), list, dict, set, deque)
+_CONTAINERS = {list, dict, set, deque}
+_PLAIN = {bool, int, float, str, type(None), *_CONTAINERS}
 
 
 @contextmanager
 def same_attributes(module: nn.Module) -> Iterator[None]:
     """Put back numbers, flags and containers that modules keep as public attributes: counters, buffers of replay."""
-    attributes = Attributes(module)
+    attributes = Attributes(Tree(module).others)
     try:
         yield
     finally:
@@ -120,14 +123,19 @@ def same_attributes(module: nn.Module) -> Iterator[None]:
 
 
 class Attributes:
-    """The public attributes of all modules as they are now, with the contents of those that are plain containers."""
+    """The public attributes of modules as they are now, with the contents of those that are plain containers.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._held = [
-            (m, _public(m), {name: copy.copy(value) for name, value in _plain(m)})
-            for m in module.modules()
-            if not isinstance(m, Metric)
-        ]
+    Args:
+        modules: The modules; metrics are put back otherwise, see `_same_metrics`.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._held: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        for m in modules:  # many, in every step
+            held = _public(m)
+            plain = _CONTAINERS.isdisjoint(map(type, held.values()))
+            contents = {} if plain else {n: copy.copy(value) for n, value in held.items() if type(value) in _CONTAINERS}
+            self._held.append((m, held, contents))
 
     def put_back(self) -> None:
         """Give every module its attributes back; of those that are new only what is plain is taken away."""
@@ -138,19 +146,26 @@ class Attributes:
                 vars(m)[name] = _refilled(value, contents[name]) if name in contents else value
 
 
+@functools.lru_cache(maxsize=1000)
+def _public_of(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if not name.startswith("_"))
+
+
 def _public(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    every = vars(module)
+    return {name: every[name] for name in _public_of(tuple(every))}
 
 
 class Attempt:
     """What a training step began with that breaks off, so that it can be run once more.
 
     Args:
-        module: The user's module.
+        tree: The user's module.
     """
 
-    def __init__(self, module: pl.LightningModule) -> None:
-        self._module, self._attributes, self._versions = module, Attributes(module), _versions(module)
+    def __init__(self, tree: Tree) -> None:
+        tree.look()
+        self._tree, self._attributes, self._versions = tree, Attributes(tree.others), _versions(tree)
         self._random = RandomState.of_all()
 
     def undo(self) -> None:
@@ -161,7 +176,9 @@ class Attempt:
         """
         self._random.restore()
         self._attributes.put_back()
-        if _versions(self._module) != self._versions:
+        self._tree.look()
+        before, now = self._versions, _versions(self._tree)
+        if not same(before[0], now[0]) or before[1] != now[1]:
             raise UnsupportedModelError(
                 "a training step took a branch that no step before it took, after it had written into buffers, "
                 "parameters or metrics, so that it cannot be run again. Let every branch run in the first training "
@@ -169,10 +186,10 @@ class Attempt:
             )
 
 
-def _versions(module: nn.Module) -> list[Any]:
-    tensors = [*module.parameters(), *module.buffers()]
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    return [(id(t), t._version) for t in tensors] + [m._update_count for m in metrics]
+def _versions(tree: Tree) -> tuple[list[Tensor], list[int]]:
+    """Return what a training step may write, and numbers that tell whether it was written."""
+    tensors = [*tree.parameters, *tree.buffers()]
+    return tensors, [t._version for t in tensors] + [m._update_count for m in tree.metrics]
 
 
 def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:

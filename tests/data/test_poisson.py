@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp.data import ExampleUnits, PoissonLoader
@@ -94,6 +95,39 @@ def test_the_test_rejects_a_wrong_rate_shuffling_and_repetition():
         row[torch.randperm(N, generator=g)[: int(0.3 * N)]] = 1
     assert not passes(shuffled, 0.3)
     assert not passes(inclusion(poisson()).roll(0).repeat_interleave(2, 0)[:DRAWS], 0.3)
+
+
+class Counting(Known):
+    """Counts the random numbers that were asked for."""
+
+    asked = 0
+
+    def uniform(self, size):
+        self.asked += size
+        return super().uniform(size)
+
+
+@pytest.mark.parametrize(("n", "q"), [(10**6, 1e-4), (10**9, 1e-8), (400, 0.01)])
+def test_a_draw_of_few_among_many(n, q):
+    """Sizes against the binomial distribution and places against the uniform one; the tests reject others."""
+    random, draws = Counting(1), 2000
+    loader = poisson(n=1, units=ExampleUnits(n), q=q)
+    loader._random = random
+    drawn = [loader.draw(q) for _ in range(draws)]
+    assert all(units[0] >= 0 and units[-1] < n and units == sorted(set(units)) for units in drawn if units)
+    assert random.asked < 4 * draws * (n * q + 10)
+
+    def p_of_sizes(q):
+        sizes = np.bincount([len(units) for units in drawn])
+        expected = draws * stats.binom.pmf(np.arange(len(sizes)), n, q)
+        common = expected >= 5
+        return stats.chi2.sf((np.square(sizes - expected)[common] / expected[common]).sum(), common.sum())
+
+    places = np.concatenate(drawn) / n
+    assert p_of_sizes(q) > 1e-3
+    assert p_of_sizes(1.2 * q) < 1e-3
+    assert stats.kstest(places, "uniform").pvalue > 1e-3
+    assert stats.kstest(places, "beta", args=(1, 1.2)).pvalue < 1e-3
 
 
 def test_rate_one_takes_every_example_each_time():
