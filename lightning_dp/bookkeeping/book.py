@@ -106,14 +106,14 @@ class Book:
         self.spare -= entry.extra
         return entry
 
-    @without_autocast()
     def carry(self) -> None:
         """Carry the entries of derived tensors back to their parameters, and combine those of one parameter."""
-        if self.derived:
-            self._carry_back()
-        for name, entries in self.entries.items():
-            filed = {id(e) for e in entries if not _waits(e)}
-            self.entries[name] = [e if id(e) in filed else self._settled(e) for e in combined(entries)]
+        with without_autocast():
+            if self.derived:
+                self._carry_back()
+            for name, entries in self.entries.items():
+                filed = {id(e) for e in entries if not _waits(e)}
+                self.entries[name] = [e if id(e) in filed else self._settled(e) for e in combined(entries)]
 
     def _carry_back(self) -> None:
         """Differentiate all derived tensors by one vmapped backward pass."""
@@ -142,10 +142,10 @@ class Book:
             return torch.zeros(self.num_samples)
         return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
 
-    @without_autocast()
     def norm_sq_by_parameter(self) -> dict[str, Tensor]:
         """Return the squared norm of each sample's gradient of every parameter that was used, each ``[B]``."""
-        return {name: _norm_sq(entries) for name, entries in self.entries.items()}
+        with without_autocast():
+            return {name: _norm_sq(entries) for name, entries in self.entries.items()}
 
     def weighted_sums(self, weight: Tensor) -> dict[str, Tensor]:
         """Return ``sum_i weight[i] * G_i`` per parameter; a sample of weight 0 adds exact zeros, even if it is NaN."""
@@ -153,16 +153,16 @@ class Book:
         Book(self.num_samples, dict(self.entries)).pour(weight, sums)
         return sums
 
-    @without_autocast()
     def pour(self, weight: Tensor, sums: dict[str, Tensor]) -> None:
         """Add what `weighted_sums` returns to ``sums``, in place, and let every entry go that was added."""
         keep = weight != 0
         drop = not bool(keep.all())
-        while self.entries:
-            name, entries = self.entries.popitem()
-            for entry in entries:
-                part = entry.where(keep) if drop else entry
-                sums[name] = part.weighted_sum(weight, sums.get(name))
+        with without_autocast():
+            while self.entries:
+                name, entries = self.entries.popitem()
+                for entry in entries:
+                    part = entry.where(keep) if drop else entry
+                    sums[name] = part.weighted_sum(weight, sums.get(name))
 
 
 def _waits(entry: Entry) -> bool:

@@ -6,14 +6,15 @@ half a per cent too small, and a clipped gradient then exceeds the sensitivity b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _DEVICES = ("cpu", "cuda")
+_NOTHING = nullcontext()
 
 
 def accurate(t: Tensor) -> Tensor:
@@ -22,14 +23,15 @@ def accurate(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
-@contextmanager
-def without_autocast() -> Iterator[None]:
+def without_autocast() -> AbstractContextManager[Any]:
     """Compute in the precision of the tensors; under manual optimization a backward pass runs inside autocast."""
-    with ExitStack() as stack:
-        for device in _DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    enabled = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    if not enabled:
+        return _NOTHING
+    stack = ExitStack()
+    for device in enabled:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def autocast_now() -> Callable[[], list[AbstractContextManager[Any]]]:
