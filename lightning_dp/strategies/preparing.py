@@ -33,11 +33,13 @@ class Prepared:
     Args:
         keeping: Finds its per-sample gradients.
         stepping: Releases them.
+        trained: The parameters that are trained privately, by name.
         public: The optimizers whose gradients do not depend on the training data.
     """
 
     keeping: Keeping
     stepping: Stepping
+    trained: Parameters
     public: Set[Optimizer]
 
     def holds_for(self, module: pl.LightningModule) -> bool:
@@ -95,7 +97,8 @@ def prepare(
     run.training = training_record(module, run, found, keeping)
     if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
         return _prepare_manual(module, run, keeping, found, found.trial)
-    return Prepared(keeping, AutomaticStepping(keeping, run.private_step(found.trained), run.book), frozenset())
+    stepping = AutomaticStepping(keeping, run.private_step(found.trained), run.book)
+    return Prepared(keeping, stepping, found.trained, frozenset())
 
 
 def look_again(
@@ -157,7 +160,7 @@ def _prepare_manual(
     _announce(module.trainer.optimizers, found.public)
     public = checks.named_groups(module, found.public)
     stepping = ManualStepping(keeping, run.private_step(found.trained), run.book, trial.groups, releases, public)
-    return Prepared(keeping, stepping, found.public)
+    return Prepared(keeping, stepping, found.trained, found.public)
 
 
 def _checked_parameters(
