@@ -23,7 +23,7 @@ _PATIENCE = 2
 
 _MIN_ROUNDS, _MAX_ROUNDS, _ENOUGH_SECONDS = 3, 10, 0.5
 _CLEARLY_FASTER = 0.3
-"""A share of the time; when so much is saved one round is enough: what runs for the first time only takes longer."""
+"""A share of the time; when so much is saved two rounds are enough: what runs for the first time only takes longer."""
 
 _FEWEST_SAMPLES = 4
 
@@ -139,7 +139,7 @@ class _Search:
                 seconds = self._bench.time(each, count)
                 least[each], spent = min(least[each], seconds), spent + seconds * count
             rounds += 1
-            if least[size] < (1 - _CLEARLY_FASTER) * least[before]:
+            if rounds > 1 and least[size] < (1 - _CLEARLY_FASTER) * least[before]:
                 break
         self._shares[size] = self._shares[before] * least[size] / least[before]
         self._seconds |= least
