@@ -192,15 +192,20 @@ class _Rehearsal:
         return self._step(self._moved(batch), batch_idx)
 
     def _find_size(self) -> None:
-        """Find the fastest physical batch size, where it is asked for; if anything is refused, it is told later."""
-        run, loader = self._run, self._run.loader
-        if run.settings.finds_size and self._module.automatic_optimization and loader is not None:
-            with suppress(PrivacyError):
-                self._prepared = prepare(self._module, run, self._run_step, self._put)
-                step = Step(run, self._module, self._moved, self._step, self._put)
-                choice = fastest_size(self._prepared, step)
-                self._plan.physical_batch = choice.sentence(loader.units.unit)
-                loader.max_physical_batch_size = choice.size
+        """Find the fastest physical batch size, where it is asked for and nothing stands in the way."""
+        if not (self._run.settings.finds_size and self._module.automatic_optimization):
+            return
+        with suppress(PrivacyError):  # told later, with all else that is refused
+            self._prepare()
+        if self._prepared is not None:
+            self._tried(partial(self._find_size_of, self._prepared))
+
+    def _find_size_of(self, prepared: Prepared) -> None:
+        loader = self._run.loader
+        assert loader is not None, "settled with the dataloader"
+        choice = fastest_size(prepared, Step(self._run, self._module, self._moved, self._step, self._put))
+        self._plan.physical_batch = choice.sentence(loader.units.unit)
+        loader.max_physical_batch_size = choice.size
 
     def _settings(self, steps_per_draw: int) -> None:
         plan, run, budget, loader = self._plan, self._run, self._run.budget, self._run.loader

@@ -151,6 +151,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         return prepared.keeping
 
     def _prepare(self, run_step: Callable[..., Any]) -> Prepared:
+        """Observe the model, unless that was done for the parameters that are trained."""
         checks.check_trainer(self._module.trainer)
         prepared = self._prepared
         if prepared is None or not prepared.holds_for(self._module):
@@ -162,6 +163,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         """Find the fastest physical batch size, where it is asked for, before anything of an epoch is drawn.
 
         It is found when other parameters are trained than before, and kept in between, also for another dataloader.
+        Once a batch is there it is too late: workers have fetched those that follow.
         """
         module, loader = self._module, self._run.loader
         if not (self._run.settings.finds_size and module.automatic_optimization and module.trainer.training):
@@ -215,7 +217,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
     def _forget(self) -> None:
         if self._prepared is not None:
             self._prepared.keeping.abandon()
-        self._prepared, self._stepping = None, Unprepared()
+        self._prepared, self._sized, self._stepping = None, None, Unprepared()
 
     def _moved(self, batch: Any) -> Any:
         """Do to a batch what Lightning does to those it fetches itself."""

@@ -137,7 +137,7 @@ def state_of(strategy):
         "trainer": (fit.global_step, dict(fit.callback_metrics), fit.fit_loop.epoch_loop.batch_progress.state_dict()),
         "optimizer": (fit.optimizers[0].state_dict(), fit.lr_scheduler_configs[0].scheduler.state_dict()),
         "training": [m.training for m in module.modules()],
-        "statistics": run.statistics and vars(run.statistics).copy(),
+        "statistics": str(run.statistics and vars(run.statistics)),
     }
 
 
@@ -213,6 +213,29 @@ def test_a_plan_of_what_is_refused_says_so():
     assert plan.is_refused
     assert plan.physical_batch == ""
     assert plan.physical_batch_size == 5  # the dataloader's batch size
+
+
+class Large(Regression):
+    """Takes a branch for batches of more than five samples, which no look at a few samples sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(2, 2)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        out = self.net(x)
+        return F.mse_loss(self.other(out) if len(x) > 5 else out, y)
+
+
+def test_a_branch_that_no_look_sees_is_refused_in_a_plan_and_in_a_fit():
+    data = loader(n=40, batch_size=20)
+    plan = ldp.plan(trainer(auto()), Large(), data, show=False)
+    with pytest.raises(ldp.UnsupportedModelError) as caught:
+        trainer(auto()).fit(Large(), data)
+    assert plan.is_refused
+    assert str(caught.value) in plan.errors
+    assert "other" in str(caught.value)
 
 
 def test_it_is_found_again_for_other_parameters_and_another_fit_only(monkeypatch):
