@@ -84,3 +84,28 @@ def test_a_trainer_with_any_arguments_of_fit_can_be_planned():
     assert isinstance(cli.trainer, Custom)
     assert cli.config.plan.plot is None
     assert cli.trainer.strategy.num_releases == 0
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", "auto"), ("4", 4), ("null", None)])
+def test_the_physical_batch_size_is_a_number_or_a_word(given, expected):
+    cli = DPLightningCLI(
+        args=[f"--config={CONFIGS[0]}", f"--trainer.strategy.max_physical_batch_size={given}", *QUIET],
+        run=False,
+        save_config_callback=None,
+    )
+    assert cli.trainer.strategy._run.settings.max_physical_batch_size == expected
+    assert type(cli.trainer.strategy._run.settings.max_physical_batch_size) is type(expected)
+
+
+def test_another_word_for_the_physical_batch_size(capsys):
+    with pytest.raises(SystemExit):
+        command_line("fit", f"--config={CONFIGS[0]}", "--trainer.strategy.max_physical_batch_size=largest", *QUIET)
+    assert "largest" in capsys.readouterr().err
+
+
+def test_the_word_in_a_configuration_fits(tmp_path):
+    settings = yaml.safe_load(CONFIGS[0].read_text())
+    settings["trainer"]["strategy"]["init_args"]["max_physical_batch_size"] = "auto"
+    (tmp_path / "auto.yaml").write_text(yaml.safe_dump(settings))
+    cli = command_line("fit", f"--config={tmp_path / 'auto.yaml'}", "--trainer.max_steps=2", *QUIET)
+    assert cli.trainer.strategy.num_releases == 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -60,8 +61,6 @@ class BookKeeping(Keeping):
         self._handler: Handler = _as_usual
         self._layouts, self._anchor = Layouts(), Anchor()
         self._recorder: Recorder | None = None
-        # A fit with Adam holds four times its parameters: half of them is an eighth more.
-        self._spare = max(_SPARE, sum(parameter.numel() for parameter in trained.values()) // 2)
 
     def observe(self, forward: Forward, varied: bool = True, rows: int = 1) -> None:
         """Observe how the functions that the parameters enter use the samples; see ``observation``.
@@ -154,6 +153,14 @@ class BookKeeping(Keeping):
         recorder = Recorder(self._names, self._layouts, num_samples, self._is_recording, self._anchor)
         recorder.book.spare = self._spare
         return recorder
+
+    @cached_property
+    def _spare(self) -> int:
+        """Elements that per-sample gradients may take.
+
+        A fit with Adam holds four times its parameters: half of them is an eighth more.
+        """
+        return max(_SPARE, sum(parameter.numel() for parameter in self._trained.values()) // 2)
 
     def _is_recording(self) -> bool:
         return self._handler is not _as_usual

@@ -7,7 +7,7 @@ out meanwhile (``observing``, ``timing``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from lightning_dp.coverage.timing import time_ratio
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.forecasting.figure import ForecastFigure
 from lightning_dp.strategies import DPStrategy
+from lightning_dp.strategies.measuring import Step, fastest_size
 from lightning_dp.strategies.planning import next_step
 from lightning_dp.strategies.preparing import Found, Prepared, find, prepare
 from lightning_dp.strategies.run import PrivateRun
@@ -169,6 +170,7 @@ class _Rehearsal:
     ) -> None:
         self._plan, self._trainer, self._module, self._run = plan, trainer, module, run
         self._moved, self._put = moved, put
+        self._prepared: Prepared | None = None
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self._step: Callable[..., Any] = lambda batch, at=0: step(batch, at) if takes_index else step(batch)
         self._is_loop = run.settings.clipping_engine == "loop" and module.automatic_optimization
@@ -182,11 +184,28 @@ class _Rehearsal:
         if self._tried(lambda: found.append(find(self._module, run, self._run_step, self._put))):
             held = {id(p) for o in found[0].public for group in o.param_groups for p in group["params"]}
             plan.public = tuple(name for name, p in self._module.named_parameters() if id(p) in held)
+            self._find_size()
             self._model(self._bench(found[0]))
         self._settings(len(found[0].steps) if found else 1)
 
     def _run_step(self, batch: Any, batch_idx: int = 0) -> Any:
         return self._step(self._moved(batch), batch_idx)
+
+    def _find_size(self) -> None:
+        """Find the fastest physical batch size, where it is asked for and nothing stands in the way."""
+        if not (self._run.settings.finds_size and self._module.automatic_optimization):
+            return
+        with suppress(PrivacyError):  # told later, with all else that is refused
+            self._prepare()
+        if self._prepared is not None:
+            self._tried(partial(self._find_size_of, self._prepared))
+
+    def _find_size_of(self, prepared: Prepared) -> None:
+        loader = self._run.loader
+        assert loader is not None, "settled with the dataloader"
+        choice = fastest_size(prepared, Step(self._run, self._module, self._moved, self._step, self._put))
+        self._plan.physical_batch = choice.sentence(loader.units.unit)
+        loader.max_physical_batch_size = choice.size
 
     def _settings(self, steps_per_draw: int) -> None:
         plan, run, budget, loader = self._plan, self._run, self._run.budget, self._run.loader
@@ -233,10 +252,13 @@ class _Rehearsal:
             plan.self_check = "not run: something is refused"
             return
         plan.self_check = "failed: the reason is given above"
-        prepared: list[Prepared] = []
-        if self._tried(lambda: prepared.append(prepare(self._module, self._run, self._run_step, self._put))):
+        if self._tried(self._prepare) and self._prepared is not None:
             plan.self_check = self._passed(bench.found.observer.num_samples)
-            self._tried(partial(self._time, bench, prepared[0].keeping))
+            self._tried(partial(self._time, bench, self._prepared.keeping))
+
+    def _prepare(self) -> None:
+        if self._prepared is None:
+            self._prepared = prepare(self._module, self._run, self._run_step, self._put)
 
     def _observe(self, bench: Bench) -> None:
         if self._is_loop:

@@ -65,6 +65,7 @@ class Plan:
         expected_batch_size: The expected number of examples in a logical batch.
         sample_rate: The probability of each unit to be in it.
         physical_batch_size: The most examples processed at a time.
+        physical_batch: Why this is the fastest, in a sentence; empty if it was not to be found.
         planned_steps: Logical batches that the trainer is set to make steps for in all; ``None`` without a limit.
         steps: How many more of them this fit uses: those planned that fit into ``target_epsilon``; ``None`` if endless.
         steps_per_batch: Optimizer steps in one training step: more than one only under manual optimization.
@@ -94,6 +95,7 @@ class Plan:
     expected_batch_size: float | None = None
     sample_rate: float | None = None
     physical_batch_size: int | None = None
+    physical_batch: str = ""
     planned_steps: int | None = None
     steps: int | None = None
     steps_per_batch: int = 1

@@ -122,6 +122,8 @@ def _looks(row: Covered) -> tuple[object, ...]:
 
 
 def _sentences(plan: Plan) -> Iterator[str]:
+    if plan.physical_batch:
+        yield plan.physical_batch
     if plan.coverage is not None and any(row.seconds is not None for row in plan.coverage.covered):
         yield (
             "bytes: what is saved for the backward pass and kept for norms and sums, per sample; time: share of what "

@@ -1,7 +1,7 @@
 """Poisson sampling of the user's own dataloader."""
 
 from lightning_dp.data.checks import check_dataloader
-from lightning_dp.data.poisson import Drawn, PhysicalBatch, PoissonLoader, largest_draw
+from lightning_dp.data.poisson import Drawn, PhysicalBatch, PoissonLoader, even_chunks, largest_draw
 from lightning_dp.data.private_dataset import PrivateDataset, units_of
 from lightning_dp.data.units import ExampleUnits, Units, UserUnits
 
@@ -14,6 +14,7 @@ __all__ = [
     "Units",
     "UserUnits",
     "check_dataloader",
+    "even_chunks",
     "largest_draw",
     "units_of",
 ]

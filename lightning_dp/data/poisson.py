@@ -75,7 +75,7 @@ class PoissonLoader:
         sample_rate: q in (0, 1], by the number of the step.
         first_step: Returns the number of the step that comes next; asked when an epoch begins.
         num_batches: Logical batches in one epoch.
-        max_physical_batch_size: The most units of a physical batch.
+        max_physical_batch_size: The most units of a physical batch; the attribute may change between two epochs.
         random: Where the draws come from.
         constant_size: Whether every physical batch has ``max_physical_batch_size`` samples, phantoms included, so that
             its size tells nothing.
@@ -102,6 +102,8 @@ class PoissonLoader:
         self._delivered: Drawn | None = None
         self._collate: Callable[[list[Any]], Any] = loader.collate_fn
         self._inner = _with_batches(loader, _Draws(self._draw_chunks))
+        # Called before the first draw of an epoch: draws are divided long before they are used if workers fetch them.
+        self.before_epoch: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         """Return the number of logical batches in one epoch."""
@@ -110,6 +112,7 @@ class PoissonLoader:
     def __iter__(self) -> Iterator[Any]:
         """Yield the first physical batch of every logical batch."""
         self._chunks.clear()
+        self.before_epoch()
         physical = iter(self._inner)
         for _ in range(self._num_batches):
             data = next(physical)
@@ -181,7 +184,7 @@ class PoissonLoader:
         for step in range(first, first + self._num_batches):
             rate = self._rate_of(step)
             chosen = self.draw(rate)
-            chunks = _even_chunks(chosen, self.max_physical_batch_size)
+            chunks = even_chunks(chosen, self.max_physical_batch_size)
             for k, chunk in enumerate(chunks):
                 # Phantoms, which are given the weight zero: one for an empty draw, or as many as hide its size. They
                 # repeat what was drawn, so that what a training step logs is about the draw.
@@ -221,7 +224,7 @@ def largest_draw(num_units: int, sample_rate: float) -> int:
     return sizes[min(bisect_left(sizes, -math.log(1e-20), key=divergence), len(sizes) - 1)]
 
 
-def _even_chunks(indices: list[int], most: int) -> list[list[int]]:
+def even_chunks(indices: list[int], most: int) -> list[list[int]]:
     """Divide into as few chunks of at most ``most`` as possible, of nearly equal size; at least one chunk."""
     count = max(1, math.ceil(len(indices) / most))
     size, longer = divmod(len(indices), count)

@@ -7,7 +7,7 @@ module. Does not own: the private steps (``hooks``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
@@ -41,7 +41,9 @@ class DPStrategy(PrivateHooks, DDPStrategy):
         max_grad_norm: The largest L2 norm (not squared) of what one example adds to the sum of gradients.
         clipping: ``"flat"`` shortens longer gradients to ``max_grad_norm``; ``"automatic"`` brings all near it.
         max_physical_batch_size: The most examples processed at a time; changes memory and speed, never the result.
-            Default: the dataloader's batch size.
+            Default: the dataloader's batch size. ``"auto"``: the fastest for each example that fits into the memory,
+            found before the first step by trying sizes on a few examples; it is shown, and tells a little of how long
+            these are. Manual optimization always has the whole logical batch, ``clipping_engine="loop"`` one example.
         accountant: ``"prv"`` (tight), ``"pld"`` (as tight; needs dp-accounting), ``"rdp"`` (fast) or ``"rdp_filter"``,
             with which noise and batch size of later phases may be chosen by results; or an `Accountant`.
         loss_reduction: Whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` of one loss per sample.
@@ -75,7 +77,7 @@ class DPStrategy(PrivateHooks, DDPStrategy):
         noise_multiplier: float | None = None,
         max_grad_norm: float = 1.0,
         clipping: str = "flat",
-        max_physical_batch_size: int | None = None,
+        max_physical_batch_size: int | Literal["auto"] | None = None,
         accountant: str | Accountant = "prv",
         loss_reduction: str = "mean",
         self_check: bool = True,

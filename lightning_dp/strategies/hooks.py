@@ -18,6 +18,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,6 +27,7 @@ from lightning_dp.bookkeeping import BookKeeping, Keeping, NotObserved
 from lightning_dp.data import Drawn, PhysicalBatch
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.strategies import checks
+from lightning_dp.strategies.measuring import Step, fastest_size
 from lightning_dp.strategies.preparing import Prepared, look_again, prepare
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.settings import PrivacySettings
@@ -44,6 +47,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         """Begin a run, with the checked arguments of the strategy."""
         self._run = PrivateRun(settings)
         self._prepared: Prepared | None = None
+        self._sized: tuple[Prepared, int] | None = None
         self._stepping: Stepping = Unprepared()
         self._rehearsal: Rehearsal | None = None
 
@@ -57,7 +61,9 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         if not self._module.automatic_optimization:
             # The mechanism is settled anew, and how often one draw is released is only known after a look.
             self._forget()
-        return self._run.plan(dataloader, trainer, self.world_size)
+        loader = self._run.plan(dataloader, trainer, self.world_size)
+        loader.before_epoch = self._settle_size
+        return loader
 
     def on_train_start(self) -> None:
         """Check that the loader whose draws are accounted is the one that Lightning iterates."""
@@ -140,13 +146,41 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
 
     def _begin(self, drawn: Drawn, run_step: Callable[..., Any]) -> Prepared:
         """Begin a logical batch; on the first one, and when other parameters are trained, observe the model."""
+        prepared = self._prepare(run_step)
+        self._stepping.begin_draw(drawn.step, self._run.mechanism_of(drawn))
+        return prepared
+
+    def _prepare(self, run_step: Callable[..., Any]) -> Prepared:
+        """Observe the model, unless that was done for the parameters that are trained."""
         checks.check_trainer(self._module.trainer)
         prepared = self._prepared
         if prepared is None or not prepared.holds_for(self._module):
             prepared = prepare(self._module, self._run, self._with_transfer(run_step), self._put)
             self._prepared, self._stepping = prepared, prepared.stepping
-        self._stepping.begin_draw(drawn.step, self._run.mechanism_of(drawn))
         return prepared
+
+    def _settle_size(self) -> None:
+        """Find the fastest physical batch size, where it is asked for, before anything of an epoch is drawn.
+
+        It is found when other parameters are trained than before, and kept in between, also for another dataloader.
+        Once a batch is there it is too late: workers have fetched those that follow.
+        """
+        module, loader = self._module, self._run.loader
+        if not (self._run.settings.finds_size and module.automatic_optimization and module.trainer.training):
+            return
+        assert loader is not None, "it is the one that begins an epoch"
+        self._run.budget.check_next()
+        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+
+        def run_step(data: Any, batch_idx: int | None = None) -> Any:
+            return Strategy.training_step(self, data, *([batch_idx or 0] if takes_index else []))
+
+        prepared = self._prepare(run_step)
+        if self._sized is None or self._sized[0] is not prepared:
+            choice = fastest_size(prepared, Step(self._run, module, self._moved, run_step, self._put))
+            rank_zero_info(choice.sentence(loader.units.unit))
+            self._sized = prepared, choice.size
+        loader.max_physical_batch_size = self._sized[1]
 
     def _forward(self, prepared: Prepared, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
         """Run the training step on a physical batch; if it takes a branch that no step before took, look at that."""
@@ -184,7 +218,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
     def _forget(self) -> None:
         if self._prepared is not None:
             self._prepared.keeping.abandon()
-        self._prepared, self._stepping = None, Unprepared()
+        self._prepared, self._sized, self._stepping = None, None, Unprepared()
 
     def _moved(self, batch: Any) -> Any:
         """Do to a batch what Lightning does to those it fetches itself."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from lightning_dp.accounting import Accountant, resolve_accountant
 from lightning_dp.accounting.delta import delta_for
@@ -30,7 +31,7 @@ class PrivacySettings:
     noise_multiplier: float | None
     max_grad_norm: float
     clipping: str
-    max_physical_batch_size: int | None
+    max_physical_batch_size: int | Literal["auto"] | None
     accountant: str | Accountant
     loss_reduction: str
     self_check: bool
@@ -66,9 +67,11 @@ class PrivacySettings:
             if not isinstance(stage, Stage):
                 raise PrivacyConfigurationError(f"schedule: {stage!r} is one of its stages, expected a Stage.")
         size = self.max_physical_batch_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        number = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        if size is not None and size != "auto" and not number:
             raise PrivacyConfigurationError(
-                f"max_physical_batch_size={size!r}: expected a positive integer, or None for the loader's batch_size."
+                f"max_physical_batch_size={size!r}: expected a positive integer, 'auto' for the fastest that fits into "
+                "memory, or None for the loader's batch_size."
             )
         self.resolved_clipping()
         if self.resolved_accountant().adaptive and self.target_epsilon is None:
@@ -77,13 +80,23 @@ class PrivacySettings:
                 "first release. Give target_epsilon."
             )
 
+    @property
+    def finds_size(self) -> bool:
+        """Whether the physical batch size is to be found by measuring; the loop takes one sample at a time anyway."""
+        return self.max_physical_batch_size == "auto" and self.clipping_engine == "book"
+
+    @property
+    def _most(self) -> int | None:
+        """The most examples to process at a time, if the user said so."""
+        return None if self.max_physical_batch_size == "auto" else self.max_physical_batch_size
+
     def physical_batch_size(self, batch_size: int, units: Units) -> int:
-        """Return the most units to process at a time, for a dataloader of this batch size.
+        """Return the most units to process at a time, for a dataloader of this batch size, as long as none is found.
 
         Raises:
             PrivacyConfigurationError: If not even one unit may be.
         """
-        most, rows = self.max_physical_batch_size, units.examples_per_unit
+        most, rows = self._most, units.examples_per_unit
         if most is not None and most < rows:
             raise PrivacyConfigurationError(
                 f"max_physical_batch_size={most} with examples_per_user={rows}: the examples of a user are clipped "
@@ -99,7 +112,7 @@ class PrivacySettings:
         """
         draw = largest_draw(units.num_units, sample_rate)
         size = draw * units.examples_per_unit
-        if self.clipping_engine == "loop" or (self.max_physical_batch_size or size) < size:
+        if self.clipping_engine == "loop" or (self._most or size) < size:
             limit = "clipping_engine='loop'"
             if self.clipping_engine == "book":
                 limit = f"max_physical_batch_size={self.max_physical_batch_size}"

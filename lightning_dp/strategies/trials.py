@@ -86,7 +86,7 @@ class AutomaticTrial(Trial):
 
     def gradients(self, trained: Mapping[str, nn.Parameter], batch: Any) -> list[Gradients]:
         """Return the gradients of the loss."""
-        with _gradients_put_aside([*trained.values(), *self._module.parameters()]):
+        with gradients_put_aside([*trained.values(), *self._module.parameters()]):
             self._required_loss(batch).backward()  # autograd.grad would run no reentrant checkpoint
             return [{name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}]
 
@@ -221,7 +221,7 @@ class ManualTrial(Trial):
         try:
             for wrapped, *_ in counters:
                 wrapped._on_before_step = wrapped._on_after_step = do_nothing_closure
-            with _gradients_put_aside(self._module.parameters()), warnings.catch_warnings():
+            with gradients_put_aside(self._module.parameters()), warnings.catch_warnings():
                 # In a trial no optimizer steps before a schedule does.
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 yield
@@ -236,7 +236,7 @@ class ManualTrial(Trial):
 
 
 @contextmanager
-def _gradients_put_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gradients_put_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let autograd write gradients inside, and put back afterwards what was there."""
     before = {id(p): (p, p.grad) for p in parameters}
     for p, _ in before.values():

@@ -220,3 +220,23 @@ def test_every_step_has_its_own_rate():
         drawn.append((chunk.step, chunk.sample_rate, chunk.num_real))
     assert [row[:2] for row in drawn] == [(step, 1.0 if step >= 7 else 0.1) for step in range(5, 15)]
     assert all((size == N) == (step >= 7) for step, _, size in drawn)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_size_may_change_before_every_epoch(workers):
+    data = poisson(num_batches=5, num_workers=workers)
+    sizes, states = [2, 3], []
+
+    def next_epoch():
+        states.append(data._random._cpu.bit_generator.state)
+        data.max_physical_batch_size = sizes[len(states) - 1]
+
+    data.before_epoch = next_epoch
+    for size in sizes:
+        largest = 0
+        for (first,) in data:
+            _, others = data.take()
+            largest = max([largest, len(first), *(len(other.data[0]) for other in others)])
+        assert largest == size
+    assert states[0] == Known(0)._cpu.bit_generator.state  # nothing was drawn before
+    assert len(states) == 2
