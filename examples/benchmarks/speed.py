@@ -46,12 +46,14 @@ ALL = [
 ]
 
 
-def measure(workload: Workload, variants: Sequence[str], device: str, precision: str, rounds: int) -> Results:
+def measure(
+    workload: Workload, variants: Sequence[str], device: str, precision: str, rounds: int, warmup: int
+) -> Results:
     """Measure the variants of a workload; one that fails is said so, and the others go on."""
-    steps = WARMUP + rounds + 1
+    steps = warmup + rounds + 1
     if workload.name != "gpt2":
         variants = [name for name in variants if name != "plain_linear"]  # there is but one
-    with Race() as race:
+    with Race(warmup) as race:
         for name in variants:
             try:
                 race.start(name, training_of(name, workload, device, precision, steps))
@@ -76,7 +78,7 @@ def main() -> None:
         workloads = [(point, options.variants or ("plain", "dp")) for point in points]
     found = []
     for workload, variants in workloads:
-        found.append(measure(workload, variants, options.device, options.precision, options.steps))
+        found.append(measure(workload, variants, options.device, options.precision, options.steps, options.warmup))
         print_results(found[-1])
         with options.results.open("a") as file:  # at once: what was measured is not lost if a later one fails
             file.write(f"\n{as_markdown(found[-1])}")
@@ -91,6 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("workload", choices=[*WORKLOADS, "all"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="by default all that fit the workload")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each that count")
+    parser.add_argument("--warmup", type=int, default=WARMUP, help="optimizer steps of each that do not, before")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--physical", type=int, help="examples in a physical batch")
@@ -105,6 +108,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"argument --steps: {options.steps}, expected at least 1")
+    if options.warmup < 1:
+        parser.error(f"argument --warmup: {options.warmup}, expected at least 1: the first looks at the model")
     if options.sweep is not None and options.workload != "gpt2":
         parser.error("argument --sweep: expected the workload gpt2")
     if options.plot is not None and options.sweep is None:
