@@ -31,8 +31,8 @@ from torch import Tensor
 _REPEATS = 20
 """Many and short, so that one of them is likely to have the machine for itself."""
 
-_SIZES = {"cpu": (256, 2**21), "cuda": (4096, 2**25)}
-"""For the measurement: rows of a matrix, and elements that are moved."""
+_SIZES = {"cpu": (256, 2**24), "cuda": (4096, 2**25)}
+"""For the measurement: rows of a matrix, and elements that are moved: more than a cache holds, in new memory."""
 
 HALVED = 128
 """From so many positions on, a Gram matrix is made of three of its four quarters."""
@@ -127,7 +127,7 @@ def _measured(device: torch.device, dtype: torch.dtype, num_threads: int) -> Rat
     side, size = _SIZES.get(device.type, _SIZES["cpu"])
     square, long = torch.ones(side, side, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
     products = side**3 / _shortest(lambda: square @ square, device)
-    elements = 2 * size / _shortest(lambda: long * 2, device)  # written into new memory, as what is kept is
+    elements = 2 * size / _shortest(lambda: long * 2, device, repeats=5)
     return Rates(products, elements)
 
 
