@@ -73,7 +73,8 @@ class Schedule:
 
     def at(self, step: int) -> Mechanism:
         """Return the mechanism of a step, counted from 0 over the whole run."""
-        return self._mechanisms[min(bisect_right(self._ends, step), len(self._mechanisms) - 1)]
+        last = len(self._mechanisms) - 1
+        return self._mechanisms[min(bisect_right(self._ends, step), last) if last else 0]
 
     @property
     def varies(self) -> bool:

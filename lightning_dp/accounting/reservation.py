@@ -45,7 +45,7 @@ class Reservation:
 
     def covers(self, number: int, release: Release) -> bool:
         """Whether the release of this number in the segment, from 1, is reserved and is to be this one."""
-        return self.first < number <= self.last and self.release == release
+        return self.first < number <= self.last and (self.release is release or self.release == release)
 
     def made(self, number: int) -> "Reservation":
         """Take back what was not made.

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_dp.callbacks.strategy import private_strategy
 from lightning_dp.summary import print_summary
 
-_REFRESH = 1.0  # seconds at least between two values for the progress bar
-_SHARE = 0.001  # of the time that they take, if they need not be rarer than every two seconds for it
+_REFRESH, _RAREST = 1.0, 5.0  # seconds between two values for the progress bar, at least and at most
+_SHARE = 0.001  # of the time that they take, within these limits
 
 
 class PrivacyMonitor(pl.Callback):
@@ -38,14 +38,14 @@ class PrivacyMonitor(pl.Callback):
         """Log what is spent and what is left, if somebody is going to look.
 
         A value takes a millisecond of Lightning's to log, so this is done when a logger is due, and else every second
-        or two, for the progress bar: Lightning keeps the last value.
+        to five, for the progress bar: Lightning keeps the last value.
         """
         now, due = time.monotonic(), bool(trainer.loggers) and trainer._logger_connector.should_update_logs
         if not due and batch_idx > 0 and now - self._logged < self._pause:
             return
         self._log(trainer, pl_module)
         self._logged = time.monotonic()
-        self._pause = max(_REFRESH, min((self._logged - now) / _SHARE, 2 * _REFRESH))
+        self._pause = max(_REFRESH, min((self._logged - now) / _SHARE, _RAREST))
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = private_strategy(trainer, self)
