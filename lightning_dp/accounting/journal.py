@@ -97,11 +97,13 @@ class Journal:
             PrivacyConfigurationError: If ``block`` or ``cap`` is below 1.
             PrivacyError: If a file cannot be written; the release must not be made then.
         """
+        for name, value in (("block", block), ("cap", cap)):
+            if value is not None and (type(value) is not int or value < 1):
+                _check_at_least_one(name, value)
         number, segment = ledger.num_own + 1, ledger.own_segment
         if self._directories and not self._covers(ledger, segment, number, release):
-            ahead = self._pace.block(number - 1) if block is None else _at_least_one("block", block)
-            ahead = ahead if cap is None else min(ahead, _at_least_one("cap", cap))
-            self._reserve(Reservation.of(ledger, release, ahead), ledger)
+            ahead = self._pace.block(number - 1) if block is None else block
+            self._reserve(Reservation.of(ledger, release, ahead if cap is None else min(ahead, cap)), ledger)
         if self._count is not None and self._count.segment == segment:
             self._count.write(number)
 
@@ -177,8 +179,7 @@ class Journal:
         return {**Journal().__dict__, "_directories": set(self._directories)}
 
 
-def _at_least_one(name: str, value: int) -> int:
-    """A positive count."""
+def _check_at_least_one(name: str, value: int) -> None:
+    """Raise if this is no positive count."""
     if check_count(name, value) < 1:
         raise PrivacyConfigurationError(f"{name}={value!r}: expected an integer >= 1.")
-    return int(value)

