@@ -5,13 +5,13 @@ Owns: where the figure comes from on each system. Does not own: when it is taken
 
 from __future__ import annotations
 
-import ctypes
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from lightning_dp.strategies.memory import give_back_freed
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -63,7 +63,7 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        _give_back_freed()
+        give_back_freed()  # what the look before the first step took is no part of a later one
         try:
             _CLEAR.write_text("5")
             self._is_reset = True
@@ -98,9 +98,3 @@ def _max_resident() -> int:
         return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
-
-
-def _give_back_freed() -> None:
-    """Let the C library return what was freed: what the look before the first step took is no part of a later one."""
-    with suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)

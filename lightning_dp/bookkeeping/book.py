@@ -19,6 +19,9 @@ from lightning_dp.bookkeeping.pairs import FEW, added, combined, inner
 from lightning_dp.bookkeeping.precision import without_autocast
 from lightning_dp.bookkeeping.refusals import kept_from_before, overwritten
 
+SPARE = 2**22
+"""Elements that per-sample gradients may take, however small the model."""
+
 _ANY = 2**62
 """More elements than there are."""
 
@@ -75,7 +78,7 @@ class Book:
     num_samples: int
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     derived: list[tuple[Derived, Entry]] = field(default_factory=list)
-    spare: int = 2**22
+    spare: int = SPARE
     """Elements that may still be held beyond what came back through the graph, for gradients that are materialised."""
 
     def file(self, target: Target, entry: Entry) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lightning_dp.bookkeeping.base import Keeping
-from lightning_dp.bookkeeping.book import Book
+from lightning_dp.bookkeeping.book import SPARE, Book
 from lightning_dp.bookkeeping.interception import (
     Anchor,
     Handler,
@@ -29,9 +29,6 @@ from lightning_dp.bookkeeping.observation import Forward, add, observe
 from lightning_dp.bookkeeping.recorder import Recorder
 from lightning_dp.bookkeeping.refusals import escaped
 from lightning_dp.errors import UnsupportedModelError
-
-_SPARE = 2**22
-"""Elements that per-sample gradients may take, however small the model."""
 
 
 class BookKeeping(Keeping):
@@ -160,7 +157,7 @@ class BookKeeping(Keeping):
 
         A fit with Adam holds four times its parameters: half of them is an eighth more.
         """
-        return max(_SPARE, sum(parameter.numel() for parameter in self._trained.values()) // 2)
+        return max(SPARE, sum(parameter.numel() for parameter in self._trained.values()) // 2)
 
     def _is_recording(self) -> bool:
         return self._handler is not _as_usual

@@ -10,6 +10,7 @@ import gc
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -105,7 +106,7 @@ class HostMemory(Memory):
 
     def peak_of(self, action: Callable[[], object]) -> int:
         """Run an action, and return what its pages came to."""
-        self._trim()
+        give_back_freed()
         (self._proc / "self/clear_refs").write_text("5")  # the peak begins anew
         before = _kilobytes(self._proc / "self/status", "VmRSS")
         action()
@@ -114,13 +115,7 @@ class HostMemory(Memory):
     def clean_up(self) -> None:
         """Collect garbage, and give its pages back to the system."""
         super().clean_up()
-        self._trim()
-
-    def _trim(self) -> None:
-        """Give back freed pages: used again, they would not count towards a peak."""
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU library; others keep less
-        if trim is not None:
-            trim(0)
+        give_back_freed()
 
     def _left_in_groups(self) -> Iterator[int]:
         """Yield what is left of every limit, of both versions of control groups; files can be had again."""
@@ -143,6 +138,12 @@ class HostMemory(Memory):
                     cached = [line.split()[1] for line in _lines(directory / "memory.stat") if line.split()[0] == files]
                     used = sum(map(int, _lines(directory / usage)))
                     yield int(most) - used + sum(map(int, cached))
+
+
+def give_back_freed() -> None:
+    """Let the C library return freed pages to the system: used again, they would not count towards a peak."""
+    with suppress(AttributeError, OSError, TypeError):  # not the GNU library; others keep less
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _lines(path: Path) -> list[str]:
