@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -43,28 +43,36 @@ class SecretRandom:
         """Return ``size`` independent values in [0, 1), in float64 on the CPU."""
         return torch.from_numpy(self._here().random(size))
 
-    def add_normal(self, total: Tensor, std: float, divisor: float = 1.0) -> None:
-        """Replace ``total`` by ``(total + noise) / divisor``, computed in float64.
+    def add_normal(self, totals: Iterable[Tensor], std: float, divisor: float = 1.0) -> None:
+        """Replace every ``total`` by ``(total + noise) / divisor``, computed in float64.
 
         Args:
-            total: Contiguous, of any shape and real dtype.
+            totals: Contiguous, of any shapes, devices and real dtypes.
             std: Standard deviation of the independent noise of every element.
-            divisor: Divides the sum.
+            divisor: Divides the sums.
         """
-        if total.device.type != "cpu":
-            _add(total.view(-1).split(_PIECE), std, divisor, partial(_normal_on, self._on(total.device)))
-            return
-        pieces = total.view(-1).split(_CPU_PIECE)
-        generators = self._several(min(torch.get_num_threads(), len(pieces)))
-        shares = [pieces[i :: len(generators)] for i in range(len(generators))]
-        work = [
-            partial(_add, share, std, divisor, partial(_normal, g)) for share, g in zip(shares, generators, strict=True)
-        ]
-        if len(work) == 1:
-            work[0]()
-        else:
-            with ThreadPoolExecutor(len(work)) as threads:
-                list(threads.map(lambda one: one(), work))
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for total in totals:
+            by_device.setdefault(total.device, []).append(total.view(-1))
+        for device, flat in by_device.items():
+            size = _CPU_PIECE if device.type == "cpu" else _PIECE
+            batches = list(_batches((piece for t in flat for piece in t.split(size)), size))
+            draws = self._draws(device, len(batches))
+            work = [
+                partial(_add, batches[i :: len(draws)], std, divisor, draw)  # every thread has a generator of its own
+                for i, draw in enumerate(draws)
+            ]
+            if len(work) == 1:
+                work[0]()
+            else:
+                with ThreadPoolExecutor(len(work)) as threads:
+                    list(threads.map(lambda one: one(), work))
+
+    def _draws(self, device: torch.device, most: int) -> list[Callable[[int], Tensor]]:
+        """Return what draws so many standard normal values, by independent generators that can run side by side."""
+        if device.type != "cpu":
+            return [partial(_normal_on, self._on(device))]
+        return [partial(_normal, generator) for generator in self._several(min(torch.get_num_threads(), most))]
 
     def _on(self, device: torch.device) -> torch.Generator:
         self._here()
@@ -85,10 +93,27 @@ class SecretRandom:
         return self._cpu
 
 
-def _add(pieces: Iterable[Tensor], std: float, divisor: float, draw: Callable[[int], Tensor]) -> None:
-    """Add noise to every piece, and divide."""
+def _batches(pieces: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Yield the pieces in lists of at most so many elements: many small ones in one draw, as each takes its time."""
+    batch: list[Tensor] = []
+    count = 0
     for piece in pieces:
-        piece.copy_(draw(piece.numel()).mul_(std).add_(piece).div_(divisor))
+        if batch and count + piece.numel() > most:
+            yield batch
+            batch, count = [], 0
+        batch.append(piece)
+        count += piece.numel()
+    if batch:
+        yield batch
+
+
+def _add(batches: Iterable[list[Tensor]], std: float, divisor: float, draw: Callable[[int], Tensor]) -> None:
+    """Add noise to every piece, and divide."""
+    for pieces in batches:
+        sizes = [piece.numel() for piece in pieces]
+        noisy = draw(sum(sizes)).mul_(std).add_(pieces[0] if len(pieces) == 1 else torch.cat(pieces)).div_(divisor)
+        for piece, value in zip(pieces, noisy.split(sizes), strict=True):
+            piece.copy_(value)
 
 
 def _normal(generator: np.random.Generator, size: int) -> Tensor:

@@ -9,7 +9,7 @@ DP-SGD, arXiv 1607.00133, algorithm 1, with Poisson sampling and division by the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +103,11 @@ class PrivateStep:
         Args:
             names: The parameters to release, if not all of them.
         """
-        for name in self._parameters if names is None else names:
+        released = {name: self._sum_of(name) for name in (self._parameters if names is None else names)}
+        self._add_noise(released.values())
+        for name, noisy in released.items():
             parameter = self._parameters[name]
-            parameter.grad = self._released(parameter, self._sums.pop(name, None))
+            parameter.grad = noisy.to(parameter)
         self.drop()
 
     def drop(self) -> None:
@@ -118,13 +120,19 @@ class PrivateStep:
         assert self._mechanism is not None, "a logical batch is begun before anything is collected or released"
         return self._mechanism
 
-    def _released(self, parameter: Tensor, clipped: Tensor | None) -> Tensor:
-        mechanism = self._begun
+    def _sum_of(self, name: str) -> Tensor:
+        """Return the clipped sum of a parameter: zeros if no sample used it."""
+        parameter, clipped = self._parameters[name], self._sums.pop(name, None)
         if clipped is None:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             clipped = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        return clipped
+
+    def _add_noise(self, sums: Collection[Tensor]) -> None:
+        """Add the noise, and divide by the expected batch size."""
+        mechanism = self._begun
         if mechanism.noise_std > 0:
-            self._noise.add_normal(clipped, mechanism.noise_std, mechanism.expected_batch_size)
+            self._noise.add_normal(sums, mechanism.noise_std, mechanism.expected_batch_size)
         else:
-            clipped.div_(mechanism.expected_batch_size)
-        return clipped.to(parameter)
+            for clipped in sums:
+                clipped.div_(mechanism.expected_batch_size)

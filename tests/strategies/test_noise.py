@@ -65,10 +65,27 @@ def test_random_numbers_of_the_model_follow_seed_everything():
 
 def test_noise_is_normal_by_its_moments_and_tail():
     values = torch.zeros(2_000_000, dtype=torch.float64)
-    SecretRandom().add_normal(values, 1.0)
+    SecretRandom().add_normal([values], 1.0)
     assert float(values.pow(4).mean()) == pytest.approx(3.0, rel=0.02)
     share = float((values.abs() > 3).double().mean())
     assert share == pytest.approx(0.0027, rel=0.1)
+
+
+def test_many_tensors_have_each_their_own_noise():
+    """Small ones share a draw, and one is larger than what is drawn at once."""
+    shapes = [(3,), (0,), (50, 20), (), (300, 400), (7, 1), (2**15,)]
+    totals = [torch.full(shape, 6.0, dtype=dtype) for shape in shapes for dtype in (torch.float32, torch.float64)]
+    noise = SecretRandom()
+    noise.add_normal(totals, 1.0, 2.0)
+    drawn = torch.cat([total.double().flatten() for total in totals]) * 2 - 6
+    assert drawn.unique().numel() > 0.99 * drawn.numel()  # of the float32 values a few are equal by chance
+    assert float(drawn.std()) == pytest.approx(1.0, rel=0.01)
+    for total in totals:
+        if total.numel() > 500:
+            assert float((total.double() * 2 - 6).std()) == pytest.approx(1.0, rel=0.1)
+    fixed = [torch.arange(3.0), torch.full((4,), 8.0)]
+    noise.add_normal(fixed, 1e-12, 4.0)
+    torch.testing.assert_close(fixed, [torch.arange(3.0) / 4, torch.full((4,), 2.0)])
 
 
 def test_checkpoint_and_configuration_hold_no_noise_state(tmp_path):
@@ -99,7 +116,7 @@ def test_copies_and_forks_do_not_repeat_the_noise():
 
     def drawn(source):
         values = torch.zeros(4, dtype=torch.float64)
-        source.add_normal(values, 1.0)
+        source.add_normal([values], 1.0)
         return values
 
     copies = [copy.deepcopy(random), pickle.loads(pickle.dumps(random))]
