@@ -73,8 +73,8 @@ class _Pass:
 
     @property
     def random(self) -> bool:
-        """Whether the pass drew random numbers."""
-        return self.witness.num_draws > 0
+        """Whether another pass may show what this one did not."""
+        return self.witness.decides_at_random
 
 
 def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool = True) -> Layouts:

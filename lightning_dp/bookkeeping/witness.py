@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 from lightning_dp.bookkeeping.layout import Kind, Layout
 from lightning_dp.bookkeeping.operators import OperatorMode
@@ -17,6 +18,10 @@ from lightning_dp.bookkeeping.packing import in_recurrent_utilities
 
 ROUNDS = 40
 """How often a model that draws at random is observed at most: layers dropped at random are seen in one of them."""
+
+_MANY = 64
+"""Numbers for each sample, all drawn at once, that show in one pass whatever they do: a mask of dropout has zeros and
+ones for every sample. A few are one decision, such as to drop a layer or to swap two samples."""
 
 _ROUTED = (
     "it is applied to rows that were chosen by their content (by a mask, or an expert's router), so that samples may "
@@ -43,23 +48,26 @@ class Witness(OperatorMode):
     """Sees every operator of a pass, whether a parameter enters it or not.
 
     It collects the sizes of tensors whose shape depends on contents (``x[mask]``, ``nonzero``, ``unique``; the data of
-    packed sequences), notes whether activations of the samples are reordered, and seeds every random operator by its
-    number, so that layers dropped at random are the same ones for two and three samples.
+    packed sequences), notes whether activations of the samples are reordered and whether anything is decided at random,
+    and seeds every random operator by its number, so that layers dropped at random are the same ones for two and three
+    samples.
     """
 
     def __init__(self, seed: int, num_samples: int) -> None:
         super().__init__()
         self.ragged: set[int] = set()
         self.packed: set[int] = set()
-        self.reorders_samples = False
-        self.num_draws, self._seed, self._num_samples = 0, seed, num_samples
+        self.reorders_samples = self.decides_at_random = False
+        self._num_draws, self._seed, self._num_samples = 0, seed, num_samples
 
     def operator(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Seed, run and note an operator."""
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.num_draws += 1
-            torch.manual_seed(ROUNDS * self.num_draws + self._seed)
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        if draws:
+            self._num_draws += 1
+            torch.manual_seed(ROUNDS * self._num_draws + self._seed)
         result = func(*args, **kwargs)
+        self.decides_at_random |= draws and self._is_few(result)
         name = func.overloadpacket.__name__
         by_mask = name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
         if by_mask or name in _RAGGED:
@@ -69,6 +77,10 @@ class Witness(OperatorMode):
             self.packed.add(result[0].shape[0])
         self.reorders_samples |= _is_order_of(self._num_samples, name, args) and not in_recurrent_utilities()
         return result
+
+    def _is_few(self, drawn: Any) -> bool:
+        sizes = [t.numel() for t in tree_leaves(drawn) if isinstance(t, Tensor)]
+        return max(sizes, default=0) < _MANY * self._num_samples
 
 
 def _is_order_of(num_samples: int, name: str, args: Any) -> bool:

@@ -71,6 +71,29 @@ def test_sum_of_the_book_equals_the_gradient_under_dropout(case: Case) -> None:
         torch.testing.assert_close(sums[name], parameter.grad)
 
 
+@pytest.mark.parametrize(
+    ("function", "passes"),
+    [
+        pytest.param(lambda h: h, 3, id="nothing"),
+        pytest.param(lambda h: F.dropout(h, 0.5), 3, id="a mask for every sample"),
+        pytest.param(lambda h: h + torch.randn(h.shape).to(h), 3, id="noise for every sample"),
+        pytest.param(lambda h: h * torch.rand(()).to(h), 12, id="one number for all"),
+        pytest.param(lambda h: h * torch.rand(len(h), 1).to(h), 12, id="a number for every sample"),
+    ],
+)
+def test_only_what_may_be_decided_at_random_is_observed_again(function: object, passes: int) -> None:
+    torch.manual_seed(0)
+    model = Raw(lambda m, x: function(m.f(x)), f=nn.Linear(5, 64))  # type: ignore[operator]
+    seen = []
+
+    def forward(samples: str) -> torch.Tensor:
+        seen.append(samples)
+        return model(torch.stack([torch.full((5,), float(ord(s))) for s in samples])).square().mean()
+
+    BookKeeping(dict(model.named_parameters())).observe(forward)
+    assert len(seen) == passes  # three of each round
+
+
 def test_sequence_lengths_and_batch_sizes_that_change_from_step_to_step() -> None:
     torch.manual_seed(0)
 
