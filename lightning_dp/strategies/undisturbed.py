@@ -19,6 +19,7 @@ from torchmetrics import Metric
 
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.strategies.memory import give_back_freed
 from lightning_dp.strategies.tree import Tree, same
 from lightning_dp.strategies.written import Written
 
@@ -36,6 +37,8 @@ def undisturbed(module: pl.LightningModule, *, attributes: bool = True) -> Itera
     """
     written = Written(dict(module.named_parameters()))
     with ExitStack() as stack:
+        # Passes of many sizes leave holes in the C library's heap, which came to several times what a pass needs.
+        stack.callback(give_back_freed)
         stack.callback(written.undo)
         stack.enter_context(_same_but_for_parameters(module))
         if attributes:
