@@ -55,10 +55,12 @@ class Rates:
     Args:
         products: Multiply-adds per second in large matrix products.
         elements: Elements per second that are written, or read, in memory.
+        call: Seconds that an operator takes however little it has to do.
     """
 
     products: float
     elements: float
+    call: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,13 @@ def _seconds(shape: Shape, rates: Rates) -> dict[Way, float]:
     product, written_and_read = shape.kept * t / rates.products, 2 * shape.kept / rates.elements
     scaled = 2 * b * t * min(d, p) / rates.elements  # the weights of the sum are multiplied on the narrower side
     grams = (0.75 if t >= HALVED else 1.0) * b * t * t * ((p + d) / rates.products + 6 / rates.elements)
-    return {
+    calls = {Way.GHOST: 20 if t >= HALVED else 12, Way.KEPT: 5, Way.TILED: 5 * b}
+    seconds = {
         Way.GHOST: grams + scaled,
         Way.KEPT: written_and_read + shape.kept / rates.elements,  # read once more for the sum
         Way.TILED: product + written_and_read + scaled,
     }
+    return {way: seconds[way] + calls[way] * rates.call for way in Way}
 
 
 def rates_of(t: Tensor) -> Rates:
@@ -128,7 +132,8 @@ def _measured(device: torch.device, dtype: torch.dtype, num_threads: int) -> Rat
     square, long = torch.ones(side, side, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
     products = side**3 / _shortest(lambda: square @ square, device)
     elements = 2 * size / _shortest(lambda: long * 2, device, repeats=5)
-    return Rates(products, elements)
+    few = square[0, :1]
+    return Rates(products, elements, _shortest(lambda: few * 2, device))
 
 
 def fastest(key: Hashable, ways: Mapping[str, Callable[[], object]], device: torch.device) -> str:

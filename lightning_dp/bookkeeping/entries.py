@@ -12,8 +12,8 @@ Shapes: B samples, T positions of one sample, d inputs, p outputs, V rows of a t
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from lightning_dp.bookkeeping.precision import accurate
 CANCELLATION = 1e-2
 """Below this share of its largest possible value, divided by the number of its terms, a ghost norm has lost too many
 digits and is found again densely. (T terms of random direction cancel to a share of 1 / T, without any harm.)"""
+
+_LONG_ROW = 2**14
+"""Elements that are summed in one piece."""
 
 MATERIALISED, SUMMED = Way.KEPT.value, "sum over positions"
 """How norms of `Dense` entries are found, in a few words; rules may give others."""
@@ -162,6 +165,7 @@ class Outer(Entry):
     def __init__(self, a: Tensor, g: Tensor, shape: tuple[int, ...] | None = None) -> None:
         self.a, self.g = _same_dtype(a, g)
         self._shape = shape or (self.g.shape[-1], self.a.shape[-1])
+        self._chosen: Way | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -176,7 +180,7 @@ class Outer(Entry):
     @property
     def method(self) -> str:
         """The way of `norm_sq`."""
-        return self._way(0, kept=False).value
+        return self._way.value
 
     @property
     def held(self) -> tuple[Tensor, ...]:
@@ -189,13 +193,16 @@ class Outer(Entry):
 
     def settled(self, spare: int) -> Entry:
         """Return what is materialised, if that is the fastest; ``a`` and ``g`` need not be held then."""
-        if self._way(spare) is not Way.KEPT:
-            return self
-        return Kept(self.dense(), max(0, self._costs.extra))
+        shape = self._costs
+        way = cheapest(shape, rates_of(self.a), spare)
+        if way is Way.KEPT:
+            return Kept(self.dense(), max(0, shape.extra))
+        self._chosen = way
+        return self
 
     def norm_sq(self) -> Tensor:
         """Return the norms, through Gram matrices or sample by sample."""
-        if self._way(0, kept=False) is Way.TILED:
+        if self._way is Way.TILED:
             return torch.cat([norms_sq(torch.bmm(g[None].mT, a[None])) for a, g in zip(self.a, self.g, strict=True)])
         norm_sq, most = _gram(self.a, self.g)
         # The terms of the Gram sum may cancel; a norm that is small only after cancellation is found densely.
@@ -226,8 +233,12 @@ class Outer(Entry):
     def _costs(self) -> Shape:
         return Shape(self.num_samples, self.num_positions, self.a.shape[-1], self.g.shape[-1])
 
-    def _way(self, spare: int, kept: bool = True) -> Way:
-        return cheapest(self._costs, rates_of(self.a), spare, kept)
+    @property
+    def _way(self) -> Way:
+        """The fastest way without keeping anything."""
+        if self._chosen is None:
+            self._chosen = cheapest(self._costs, rates_of(self.a), 0, kept=False)
+        return self._chosen
 
 
 class Rows(Entry):
@@ -290,10 +301,23 @@ class Rows(Entry):
 def norms_sq(dense: Tensor) -> Tensor:
     """Return the squared norms of ``[B, *parameter.shape]``, each ``[B]``.
 
-    Row by row: one long sum in float32 would lose digits, some per cent for the largest parameters.
+    Row by row: one long sum in float32 would lose digits, some per cent for the largest parameters. Rows of a few
+    elements, as of a convolution's kernel, would take several times as long.
     """
-    rows = dense.reshape(dense.shape[0], math.prod(dense.shape[1:-1]), -1)
-    return torch.linalg.vector_norm(rows, dim=-1).square().sum(1)
+    rows = dense.reshape(dense.shape[0], -1, _row_length(dense.shape[1:]))
+    pieces = rows.split(_LONG_ROW, -1) if rows.shape[-1] > _LONG_ROW else (rows,)
+    parts = [torch.linalg.vector_norm(piece, dim=-1).square().sum(1) for piece in pieces]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _row_length(shape: Sequence[int]) -> int:
+    """Return how many elements the last axis has, or the last few together if they are not too many."""
+    length = 1
+    for size in reversed(shape):
+        if length > 1 and length * size > _LONG_ROW:
+            break
+        length *= size
+    return max(1, length)
 
 
 def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

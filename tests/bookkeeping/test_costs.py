@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -16,6 +17,7 @@ from lightning_dp.bookkeeping.entries import Dense, Kept, Outer, norms_sq
 
 CPU = Rates(products=40e9, elements=1e9)
 FAST_MEMORY = Rates(products=40e9, elements=1e12)
+SLOW_CALLS = Rates(products=40e9, elements=1e9, call=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,9 @@ FAST_MEMORY = Rates(products=40e9, elements=1e12)
         (Shape(1, 1024, 768, 50257), CPU, 0, Way.KEPT),
         # Long and wide, many samples, no memory: Gram matrices would cost 5 times the product.
         (Shape(64, 1000, 400, 400), CPU, -(10**9), Way.TILED),
+        # So little that the number of calls decides.
+        (Shape(8, 2, 100, 100), CPU, 10**9, Way.GHOST),
+        (Shape(8, 2, 100, 100), SLOW_CALLS, 10**9, Way.KEPT),
     ],
 )
 def test_the_cheapest_way(shape: Shape, rates: Rates, spare: int, expected: Way) -> None:
@@ -166,10 +171,11 @@ def test_pouring_adds_in_place_and_empties_the_book() -> None:
     torch.testing.assert_close(sums["w"], expected)
 
 
-def test_norms_of_large_parameters_keep_their_digits() -> None:
+@pytest.mark.parametrize("shape", [(4000, 5000), (100, 200_000), (2000, 1000, 3, 3), (50, 20, 200, 100), (10**5,), ()])
+def test_norms_of_large_parameters_keep_their_digits(shape: tuple[int, ...]) -> None:
     """One sum over all of these in float32 is 4 % too small."""
-    large = torch.full((1, 4000, 5000), 1.1)
-    assert float(norms_sq(large)) == pytest.approx(2e7 * 1.1**2, rel=1e-5)
+    large = torch.full((1, *shape), 1.1)
+    assert float(norms_sq(large)) == pytest.approx(math.prod(shape) * 1.1**2, rel=3e-5)
 
 
 CONVOLUTIONS = {

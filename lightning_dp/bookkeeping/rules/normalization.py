@@ -58,26 +58,28 @@ def group_norm(
 
     def record(g: Tensor, x: Tensor | None = None) -> None:
         g = accurate(g)
-        if file_weight is not None and x is not None:
-            file_weight(Dense(split(_group_norm_weight(accurate(x), g, num_groups, eps)).sum(1), SUMMED))
-        if file_bias is not None:
-            file_bias(Dense(split(g.flatten(2).sum(2) if g.dim() > 2 else g).sum(1), SUMMED))
+        if x is None:
+            sums: tuple[Tensor, ...] = (g.flatten(2).sum(2) if g.dim() > 2 else g,)
+        else:
+            sums = _group_norm_sums(accurate(x), g, num_groups, eps)
+        for file, rows in zip((file_bias, file_weight), sums, strict=False):
+            if file is not None:
+                file(Dense(split(rows).sum(1), SUMMED))
 
     return record, [input] if file_weight is not None else []
 
 
-def _group_norm_weight(x: Tensor, g: Tensor, num_groups: int, eps: float) -> Tensor:
-    """Return the gradient of the weight for every row, ``[N, C]``."""
+def _group_norm_sums(x: Tensor, g: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of bias and weight for every row, ``[N, C]`` each."""
     rows, channels = x.shape[:2]
     positions, x, g = x[0, 0].numel(), x.contiguous(), g.to(x.dtype).contiguous()
     _, mean, rstd = torch.native_group_norm(x, None, None, rows, channels, positions, num_groups, eps)
     groups = rows * num_groups
     one = [t.view(1, rows * channels, *t.shape[2:]) for t in (g, x)] + [t.view(1, groups) for t in (mean, rstd)]
-    found = torch.ops.aten.native_group_norm_backward(
-        *one, None, 1, rows * channels, positions, groups, [False, True, False]
+    _, weight, bias = torch.ops.aten.native_group_norm_backward(
+        *one, None, 1, rows * channels, positions, groups, [False, True, True]
     )
-    weight: Tensor = found[1]
-    return weight.view(rows, channels)
+    return bias.view(rows, channels), weight.view(rows, channels)
 
 
 def _over_last_axes(
