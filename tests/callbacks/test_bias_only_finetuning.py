@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lightning_dp as ldp
-from lightning_dp.callbacks.bias_only_finetuning import is_bias, matches
+from lightning_dp.callbacks.selection import is_bias, matches
 from tests.models import Regression, clipped_mean, loader, parameters, trainer, updates
 
 
