@@ -102,7 +102,8 @@ class BiasOnlyFinetuning(pl.Callback):
     def _add(pl_module: pl.LightningModule) -> None:
         found = add_missing_biases(pl_module)
         if found.added:
-            rank_zero_info(f"Bias-only: zero biases were added to {len(found.added)} layers that had none.")
+            layers = "1 layer" if len(found.added) == 1 else f"{len(found.added)} layers"
+            rank_zero_info(f"Bias-only: zero biases were added to {layers} that had none.")
         if found.left_out:
             others = len(found.left_out) - 5
             rank_zero_info(
