@@ -20,6 +20,8 @@ from lightning_dp.callbacks.selection import is_bias
 from tests.models import loader, parameters, trainer
 from tests.strategies.reference import Regression, assert_equal, by_hand, network, private_fit, whole
 
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # SequentialLR of torch 2.6
+
 EPOCHS = {"max_epochs": 5, "max_steps": -1}
 RESUMED = {"enable_checkpointing": False}
 UNCHECKED = {"noise_multiplier": 0, "self_check": False}  # most tests are of what is trained, and looks take long
@@ -113,24 +115,11 @@ RATES = {
         lambda o: schedules.LambdaLR(o, lambda k: 1 / (1 + k)),
         lambda k: 1 / (1 + k),
     ),
-    "StepLR": (lambda o: schedules.StepLR(o, 2, gamma=0.5), lambda k: 0.5 ** (k // 2)),
-    "CosineAnnealingLR": (
-        lambda o: schedules.CosineAnnealingLR(o, 6),
-        lambda k: (1 + math.cos(math.pi * k / 6)) / 2,
-    ),
-    "CosineAnnealingWarmRestarts": (
-        lambda o: schedules.CosineAnnealingWarmRestarts(o, 3),
-        lambda k: (1 + math.cos(math.pi * (k % 3) / 3)) / 2,
-    ),
     "SequentialLR": (
         lambda o: schedules.SequentialLR(
             o, [schedules.LinearLR(o, 0.5, 1.0, 3), schedules.ExponentialLR(o, 0.5)], milestones=[3]
         ),
         lambda k: 0.5 + k / 6 if k < 3 else 0.5 ** (k - 3),
-    ),
-    "ChainedScheduler": (
-        lambda o: schedules.ChainedScheduler([schedules.ConstantLR(o, 0.5, 3), schedules.ExponentialLR(o, 0.9)]),
-        lambda k: (0.5 if k < 3 else 1.0) * 0.9**k,
     ),
 }
 
@@ -152,23 +141,13 @@ def test_schedules_go_on_by_the_new_rate(kind, resumed, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-@pytest.mark.parametrize(
-    ("schedule", "named"),
-    [
-        (lambda o: schedules.OneCycleLR(o, 0.1, total_steps=9), "OneCycleLR"),
-        (lambda o: schedules.CosineAnnealingLR(o, 6, eta_min=0.01), "CosineAnnealingLR"),
-        (
-            lambda o: schedules.SequentialLR(
-                o, [schedules.LinearLR(o), schedules.CosineAnnealingLR(o, 6, eta_min=0.01)], milestones=[3]
-            ),
-            "CosineAnnealingLR",
-        ),
-    ],
-)
-def test_a_schedule_with_rates_of_its_own_is_refused_before_the_first_step(schedule, named):
+def test_a_schedule_with_rates_of_its_own_is_refused_before_the_first_step():
+    def schedule(optimizer):
+        return schedules.OneCycleLR(optimizer, 0.1, total_steps=9)
+
     dp = ldp.DPStrategy(noise_multiplier=1.0)
     fit = trainer(dp, callbacks=[two_phases(learning_rate_factor=10.0)], **EPOCHS)
-    with pytest.raises(ldp.PrivacyConfigurationError, match=f"learning_rate_factor=10 with the scheduler {named}"):
+    with pytest.raises(ldp.PrivacyConfigurationError, match="learning_rate_factor=10 with the scheduler OneCycleLR"):
         fit.fit(Scheduled(schedule=schedule), whole())
     assert dp.num_releases == 0
     private_fit(Scheduled(schedule=schedule), whole(), 5, UNCHECKED, callbacks=[two_phases()], **EPOCHS)
