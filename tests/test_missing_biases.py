@@ -101,6 +101,11 @@ class Switched(nn.Conv1d):
         return super().forward(x) if self.bias is None else -super().forward(x)
 
 
+class Muted(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + (0 if self.bias is None else 0 * self.bias)
+
+
 class Strange(nn.Linear):
     def forward(self, x, mask):
         return super().forward(x * mask)
@@ -148,6 +153,7 @@ class Boolean(nn.Linear):
         (lambda: Scaled(3, 4, bias=False, device="meta"), True),
         (lambda: Deaf(3, 4, bias=False), False),
         (lambda: Deaf(3, 4, bias=False, device="meta"), False),
+        (lambda: Muted(3, 4, bias=False), False),
         (lambda: Switched(3, 4, 1, bias=False), False),
         (lambda: Strange(3, 4, bias=False), False),
         (lambda: Boolean(), False),
