@@ -79,11 +79,12 @@ _KINDS = (
 def add_missing_biases(module: nn.Module) -> AddedBiases:
     """Add a zero bias to every linear, convolution and normalisation layer and attention that has none.
 
-    The function of the module stays as it is (to the last bit on a CPU, up to rounding where torch has another kernel
-    for layers with a bias: normalisations without a scale, products on a GPU). The state dict gets the new parameters
-    under the names that these layers use themselves (``bias``, ``in_proj_bias``). Subclasses count if a gradient
-    reaches the bias in their own ``forward``, which is tried on made-up inputs; the others, and layers whose class
-    knows no bias, such as ``RMSNorm``, are left as they are, and returned. A second call adds nothing.
+    The function of the module stays as it is: to the last bit where torch computes the same with a bias, as mostly on a
+    CPU, and up to rounding where it has another kernel for that (normalisations without a scale, perhaps a GPU). The
+    state dict gets the new parameters under the names that these layers use themselves (``bias``, ``in_proj_bias``).
+    Subclasses count if a gradient reaches the bias in their own ``forward``, which is tried on made-up inputs; the
+    others, and layers whose class knows no bias, such as ``RMSNorm``, are left as they are, and returned. A second call
+    adds nothing.
 
     This makes room for weights that were trained so in a module made without them: where its layers cannot be made with
     ``bias=True``, call it before ``load_state_dict``. ``load_state_dict(strict=False)`` and ``from_pretrained`` of
