@@ -13,6 +13,7 @@ from lightning_dp.errors import (
 )
 from lightning_dp.forecasting import forecast
 from lightning_dp.losses import per_sample_mean
+from lightning_dp.missing_biases import add_missing_biases
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
 
@@ -30,6 +31,7 @@ __all__ = [
     "PrivateDataset",
     "Stage",
     "UnsupportedModelError",
+    "add_missing_biases",
     "calibrate_noise_multiplier",
     "compute_epsilon",
     "forecast",

@@ -166,7 +166,7 @@ class Variant:
         kept = [callback for callback in given if not isinstance(callback, left_out)]
         if not self.bias_only:
             return kept
-        own = [callback for callback in given if isinstance(callback, BiasOnlyFinetuning)]
+        own = [callback.at_once() for callback in given if isinstance(callback, BiasOnlyFinetuning)]
         return [*(own or [BiasOnlyFinetuning()]), *kept]
 
 

@@ -108,7 +108,12 @@ def test_a_draw_in_one_batch_has_an_opponent_of_the_expected_size(tmp_path):
 
 @pytest.mark.parametrize("private", [True, False])
 @pytest.mark.parametrize(
-    ("given", "trained"), [((), 4 + 2), ((ldp.BiasOnlyFinetuning(unfreeze=["net.2"]),), 4 + 4 * 2 + 2)]
+    ("given", "trained"),
+    [
+        ((), 4 + 2),
+        ((ldp.BiasOnlyFinetuning(unfreeze=["net.2"]),), 4 + 4 * 2 + 2),
+        ((ldp.BiasOnlyFinetuning(unfreeze=["net.2"], after_epoch=9, learning_rate_factor=2.0),), 4 + 4 * 2 + 2),
+    ],
 )
 def test_biases_alone_are_trained_with_what_the_user_has_unfrozen(private, given, trained, tmp_path):
     baton, _ = measured(Variant(private, True, 6, 3, ROUNDS), tmp_path, given)
