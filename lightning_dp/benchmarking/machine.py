@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,6 +26,7 @@ class Machine:
         lightning: Its version.
         python: Its version.
         date: When, in ISO 8601.
+        preloaded: Libraries that are loaded before all others, such as another allocator; "" if there is none.
     """
 
     name: str
@@ -35,12 +37,13 @@ class Machine:
     lightning: str
     python: str
     date: str
+    preloaded: str = ""
 
     def __str__(self) -> str:
         """Return it in a line."""
         where = f"{self.processor}, {self.cores} cores" if self.gpu is None else f"{self.gpu} ({self.processor})"
         versions = f"torch {self.torch}, lightning {self.lightning}, Python {self.python}"
-        return f"{where}; {versions}; {self.date[:10]}"
+        return f"{where}; {versions}; {self.preloaded}{'; ' * bool(self.preloaded)}{self.date[:10]}"
 
 
 def this_machine(device: str) -> Machine:
@@ -60,6 +63,7 @@ def this_machine(device: str) -> Machine:
         lightning=lightning.__version__,
         python=platform.python_version(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        preloaded=", ".join(os.path.basename(found) for found in re.split(r"[ :]+", os.environ.get("LD_PRELOAD", ""))),
     )
 
 

@@ -68,6 +68,10 @@ def test_the_machine_is_known(monkeypatch):
     assert here.cores >= 1
     assert here.processor
     assert here.gpu is None
+    monkeypatch.setenv("LD_PRELOAD", "/lib/libjemalloc.so.2:libother.so")
+    assert "; libjemalloc.so.2, libother.so; " in str(this_machine("cpu"))
+    monkeypatch.delenv("LD_PRELOAD")
+    assert "; ; " not in str(this_machine("cpu"))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
     assert str(this_machine("cuda")).startswith(f"a GPU ({here.processor}); torch ")
     monkeypatch.setattr(
