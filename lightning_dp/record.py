@@ -21,8 +21,9 @@ class MechanismRecord:
 
     Args:
         noise_multiplier: Standard deviation of the noise on the sum, divided by the sensitivity.
-        clipping: The kind of clipping.
-        max_grad_norm: The largest L2 norm (not squared) of what one unit adds to the sum.
+        clipping: The kind of clipping, with its settings.
+        max_grad_norm: The largest L2 norm (not squared) of what one unit adds to the sum; if the clipping moves it, at
+            the time of the record.
         sensitivity: How far the sum can move when one unit is added or removed (L2 norm, not squared).
         expected_batch_size: What the noisy sum is divided by.
         sample_rate: The probability of each unit to be in a logical batch.

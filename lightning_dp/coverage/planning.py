@@ -216,6 +216,7 @@ class _Rehearsal:
         plan.examples_per_user = rows = units.examples_per_unit
         plan.expected_batch_size, plan.sample_rate = mechanism.expected_batch_size * rows, mechanism.sample_rate
         plan.physical_batch_size = loader.max_physical_batch_size * rows
+        plan.clipping, plan.max_grad_norm = str(mechanism.clipping), mechanism.clipping.max_grad_norm
         plan.noise_multiplier, plan.target_epsilon = mechanism.noise_multiplier, budget.target_epsilon
         plan.delta, plan.planned_steps = budget.delta, budget.planned_steps
         plan.steps_per_batch = max(1, steps_per_draw)

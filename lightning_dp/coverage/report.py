@@ -69,6 +69,8 @@ class Plan:
         planned_steps: Logical batches that the trainer is set to make steps for in all; ``None`` without a limit.
         steps: How many more of them this fit uses: those planned that fit into ``target_epsilon``; ``None`` if endless.
         steps_per_batch: Optimizer steps in one training step: more than one only under manual optimization.
+        clipping: The kind of clipping, with its settings.
+        max_grad_norm: The largest L2 norm (not squared) of what one unit adds to a sum of gradients.
         noise_multiplier: Given or calibrated.
         epsilon: What all releases will have spent after ``steps`` more; ``None`` if endless.
         target_epsilon: The budget; ``None`` without one.
@@ -99,6 +101,8 @@ class Plan:
     planned_steps: int | None = None
     steps: int | None = None
     steps_per_batch: int = 1
+    clipping: str = ""
+    max_grad_norm: float | None = None
     noise_multiplier: float | None = None
     epsilon: float | None = None
     target_epsilon: float | None = None

@@ -91,12 +91,12 @@ def training_record(module: pl.LightningModule, run: PrivateRun, found: Found, k
 
 
 def _mechanism(run: PrivateRun) -> MechanismRecord:
-    mechanism, clipping = run.schedule.base, run.settings.clipping
+    mechanism, clipping = run.schedule.base, run.clipping
     return MechanismRecord(
         noise_multiplier=mechanism.noise_multiplier,
-        clipping=clipping if isinstance(clipping, str) else type(clipping).__name__,
-        max_grad_norm=mechanism.clipping.max_grad_norm,
-        sensitivity=mechanism.clipping.sensitivity,
+        clipping=str(clipping),
+        max_grad_norm=clipping.max_grad_norm,
+        sensitivity=clipping.sensitivity,
         expected_batch_size=mechanism.expected_batch_size,
         sample_rate=mechanism.sample_rate,
         releases_per_draw=mechanism.releases_per_draw,

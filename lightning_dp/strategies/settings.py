@@ -29,8 +29,8 @@ class PrivacySettings:
     target_epsilon: float | None
     target_delta: float | None
     noise_multiplier: float | None
-    max_grad_norm: float
-    clipping: str
+    max_grad_norm: float | None
+    clipping: str | Clipping
     max_physical_batch_size: int | Literal["auto"] | None
     accountant: str | Accountant
     loss_reduction: str
