@@ -22,6 +22,7 @@ from lightning_dp.errors import (
 )
 from lightning_dp.forecasting import forecast
 from lightning_dp.losses import per_sample_mean
+from lightning_dp.optimizers import DPAdamBC
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
 
@@ -32,6 +33,7 @@ __all__ = [
     "AutomaticClipping",
     "BiasOnlyFinetuning",
     "Clipping",
+    "DPAdamBC",
     "DPStrategy",
     "FlatClipping",
     "NormClipping",

@@ -134,7 +134,7 @@ class DPStrategy(PrivateHooks, DDPStrategy):
                 checks.check_module(self._module)
         Strategy.setup(self, trainer)
         if fitting:
-            checks.check_optimizers(self.optimizers)
+            checks.check_optimizers(self.optimizers, trainer.gradient_clip_val)
             checks.trained_parameters(self._module, self.optimizers)
 
     def _setup_model(self, model: Any) -> Any:
