@@ -55,6 +55,7 @@ class SamplerRecord:
         examples_per_unit: How many examples each unit in a logical batch gives.
         batches_per_epoch: Logical batches in an epoch.
         max_physical_batch_size: The most units that are processed at a time.
+        views_per_example: How many rows of a batch each of these examples is.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class SamplerRecord:
     examples_per_unit: int
     batches_per_epoch: int
     max_physical_batch_size: int
+    views_per_example: int = 1
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def _settings(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _of_each(plan: Plan) -> str:
-    return "" if plan.num_users is None else f" examples, {plan.examples_per_user} of each user"
+    views = f", {plan.views_per_example} views of each" if plan.views_per_example > 1 else ""
+    return ("" if plan.num_users is None else f" examples, {plan.examples_per_user} of each user") + views
 
 
 def _steps(plan: Plan) -> str:

@@ -113,9 +113,10 @@ def _sampler(run: PrivateRun) -> SamplerRecord:
         dataset=type(loader.dataset).__name__,
         num_examples=len(loader.dataset),  # type: ignore[arg-type]
         num_units=loader.units.num_units,
-        examples_per_unit=loader.units.examples_per_unit,
+        examples_per_unit=loader.units.examples_per_unit // loader.units.views,
         batches_per_epoch=len(loader),
         max_physical_batch_size=loader.max_physical_batch_size,
+        views_per_example=loader.units.views,
     )
 
 
