@@ -48,7 +48,8 @@ class DPAdamBC(Optimizer):
     it is subtracted. It follows the noise where that changes, by a schedule or by `AdaptiveClipping`: what is
     subtracted is the same moving average, of the variances.
 
-    The variance comes from `DPStrategy`, before every step; there is no argument for it.
+    The variance comes from `DPStrategy`, before every step; there is no argument for it. Gradients have to reach the
+    optimizer as they were released: clipped or scaled once more, they have another.
 
     Args:
         params: The parameters, or groups of them.

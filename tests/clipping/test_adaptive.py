@@ -22,8 +22,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import lightning_dp as ldp
+from lightning_dp.bookkeeping import Book
+from lightning_dp.bookkeeping.entries import Dense
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
+from lightning_dp.private_step import PrivateStep
 from lightning_dp.quantile_bound import QuantileBound
 from lightning_dp.reporting import read_report
 from tests.models import Regression, ZeroGradient, clipped_mean, loader, trainer
@@ -143,6 +146,19 @@ def test_one_sample_moves_the_count_by_a_half():
             bound.move(SecretRandom())
             bounds.append(math.log(bound.clipping.max_grad_norm))
         assert bounds[1] - bounds[0] == pytest.approx(-0.5 if norm <= 1 else 0.5)
+
+
+def test_phantoms_do_not_count():
+    """Of four rows two were drawn, then none: the bound moves by the two, and then by nothing at a quantile of 1/2."""
+    bound = QuantileBound(ldp.AdaptiveClipping(1.0, learning_rate=1.0))
+    step = PrivateStep({"p": nn.Parameter(torch.zeros(1))}, SecretRandom(), mean_loss=False, bound=bound)
+    moved = []
+    for num_real in (2, 0):
+        step.begin(Mechanism(0.0, bound.clipping, 0.5, 4.0))
+        step.collect(Book(4, {"p": [Dense(torch.tensor([[0.1], [0.2], [0.3], [9.0]]))]}), num_real)
+        step.release()
+        moved.append(bound.clipping.max_grad_norm)
+    assert moved == pytest.approx([math.exp(-0.25), math.exp(-0.25)])
 
 
 def test_the_noise_of_gradient_and_count():
