@@ -73,8 +73,9 @@ def _group_norm_weight(x: Tensor, g: Tensor, num_groups: int, eps: float) -> Ten
     _, mean, rstd = torch.native_group_norm(x, None, None, rows, channels, positions, num_groups, eps)
     groups = rows * num_groups
     one = [t.view(1, rows * channels, *t.shape[2:]) for t in (g, x)] + [t.view(1, groups) for t in (mean, rstd)]
+    # The weight does not matter for its own gradient, but torch 2.6 raises without one.
     found = torch.ops.aten.native_group_norm_backward(
-        *one, None, 1, rows * channels, positions, groups, [False, True, False]
+        *one, x.new_ones(rows * channels), 1, rows * channels, positions, groups, [False, True, False]
     )
     weight: Tensor = found[1]
     return weight.view(rows, channels)
