@@ -2,7 +2,6 @@
 
 import csv
 import math
-import re
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -24,6 +23,7 @@ from torch import nn
 import lightning_dp as ldp
 from lightning_dp.bookkeeping import Book
 from lightning_dp.bookkeeping.entries import Dense
+from lightning_dp.coverage.table import _settings
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
 from lightning_dp.private_step import PrivateStep
@@ -97,7 +97,7 @@ def test_the_bound_finds_the_quantile():
         assert bound.clipping.max_grad_norm == pytest.approx(99 * quantile, abs=3)
 
 
-NOISES = [(0.5, 1.0, None), (1.0, 256.0, None), (1.0, 4.0, 0.51), (3.0, 1000.0, 2.0), (0.3, 64.0, 1.5)]
+NOISES = [(1.0, 256.0, None), (1.0, 4.0, 0.51), (3.0, 1000.0, 2.0)]
 
 
 def divided(noise_multiplier, expected, count_noise_std):
@@ -305,14 +305,13 @@ def test_manual_optimization():
     assert [*noted.seen, dp.max_grad_norm] == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_plan_leaves_the_bound_and_shows_the_clipping(capsys):
+def test_a_plan_leaves_the_bound_and_shows_the_clipping():
     dp = ldp.DPStrategy(noise_multiplier=1.0, clipping=ldp.AdaptiveClipping(2.5, count_noise_std=4.0))
-    plan = ldp.plan(trainer(dp), Regression(), loader())
+    plan = ldp.plan(trainer(dp), Regression(), loader(), show=False)
     assert not plan.is_refused
     assert plan.clipping == "adaptive (quantile 0.5, learning rate 0.2, count noise 4)"
-    shown = capsys.readouterr().out
-    assert plan.clipping in shown
-    assert re.search(r"max_grad_norm +│ 2.5 ", shown)
+    shown = dict(_settings(plan))
+    assert (shown["clipping"], shown["max_grad_norm"]) == (plan.clipping, "2.5")
     assert dp.max_grad_norm == plan.max_grad_norm == 2.5
 
 

@@ -143,6 +143,32 @@ def test_a_pattern_that_fits_nothing_is_refused():
     assert dp.num_releases == 0
 
 
+def test_manual_optimization_with_a_release_for_each_optimizer():
+    """Groups are those of all parameters that are trained, so that no release exceeds the bound."""
+
+    class Manual(Regression):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=1e-9) for part in (self.net[:1], self.net[1:])]
+
+    module, dp = Manual(network()), ldp.DPStrategy(noise_multiplier=0, clipping=PerLayerClipping(0.1))
+    data = loader(n=20, batch_size=20, dtype=torch.float64)
+    expected = by_hand(Regression(network()), data, {names: 0.1 / math.sqrt(3) for names in LAYERS})
+    trainer(dp, max_steps=2).fit(module, data)
+    assert dp._run.mechanism.releases_per_draw == 2
+    for name, part in expected.items():
+        found = dict(module.named_parameters())[name].grad
+        assert float((found - part).norm()) <= 1e-6 * float(part.norm()), name
+
+
 def test_the_share_of_samples_with_a_layer_that_was_clipped():
     data = loader(n=20, batch_size=20, dtype=torch.float64)
     module = Regression(network())

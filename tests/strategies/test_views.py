@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import lightning_dp as ldp
+from lightning_dp.coverage.table import _settings
 from tests.models import trainer
 from tests.strategies.test_users import NETS, Mean, Packed, Sum, linear
 
@@ -87,8 +88,10 @@ def _at_start(module, released, batches):
     return batches
 
 
-@pytest.mark.parametrize("kind", NETS)
-@pytest.mark.parametrize("views", [2, 4])
+@pytest.mark.parametrize(
+    ("kind", "views"),
+    [(kind, 2) for kind in NETS] + [pytest.param(kind, 4, marks=pytest.mark.slow) for kind in NETS],
+)
 def test_the_update(kind, views):
     make, shape, vocabulary = NETS[kind]
     assert_right(Mean(make().double()), Augmented(shape, vocabulary), views, physical=2 * views)
@@ -136,12 +139,14 @@ def test_users_with_views():
 def test_sampling_and_budget_are_those_of_one_view():
     kinds = []
     for views in (1, 5):
-        dp = ldp.DPStrategy(target_epsilon=2.0)
+        dp = ldp.DPStrategy(noise_multiplier=2.0)
         private = ldp.PrivateDataset(Augmented(n=40), views_per_example=views)
         trainer(dp, max_steps=3).fit(Mean(linear().double()), DataLoader(private, batch_size=10))
-        kinds.append((dp.releases(), dp.noise_multiplier, dp.unit, dp.epsilon, dp.delta, len(dp._run.loader)))
+        kinds.append([dp.releases(), dp.sample_rate, dp.unit, dp.delta, dp._run.mechanism, len(dp._run.loader)])
+    for mechanism in (kinds[0].pop(4), kinds[1].pop(4)):
+        assert (mechanism.expected_batch_size, mechanism.noise_std, mechanism.num_units) == (10, 2.0, 40)
     assert kinds[0] == kinds[1]
-    assert kinds[0][2] == "example"
+    assert kinds[0][1:3] == [0.25, "example"]
 
 
 def test_a_subset_keeps_the_views():
@@ -151,12 +156,12 @@ def test_a_subset_keeps_the_views():
     assert sorted(torch.cat([batch[2] for batch in batches]).tolist()) == [1, 1, 1, 4, 4, 4, 5, 5, 5]
 
 
-def test_what_is_shown(capsys):
+def test_what_is_shown():
     private = ldp.PrivateDataset(Augmented(n=40), views_per_example=5)
     fit, data = trainer(ldp.DPStrategy(noise_multiplier=1.0)), DataLoader(private, batch_size=10)
-    plan = ldp.plan(fit, Mean(linear().double()), data)
+    plan = ldp.plan(fit, Mean(linear().double()), data, show=False)
     assert (plan.expected_batch_size, plan.views_per_example, plan.physical_batch_size) == (10, 5, 10)
-    assert "10, 5 views of each" in capsys.readouterr().out
+    assert dict(_settings(plan))["expected batch"] == "10, 5 views of each"
     fit.fit(Mean(linear().double()), data)
     sampler = fit.strategy.record().sampler
     assert (sampler.examples_per_unit, sampler.views_per_example) == (1, 5)
