@@ -111,8 +111,8 @@ class PrivateStep:
     def _add(self, book: Book, clipping: NormClipping, scale: int, num_real: int) -> tuple[Tensor, float]:
         """Add what is in a book to the sums, clipped; return the norms of the drawn samples, and their bound."""
         norm = book.norm_sq().sqrt() * scale
-        real = torch.arange(book.num_samples, device=norm.device) < num_real
-        weight = torch.where(real, clipping.factor(norm), torch.zeros_like(norm)) * scale
+        weight = clipping.factor(norm) * scale
+        weight[num_real:] = 0  # phantoms
         book.pour(weight, self._sums)
         return norm[:num_real], clipping.max_grad_norm
 
