@@ -3,6 +3,15 @@
 from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon, max_steps
 from lightning_dp.bookkeeping import register_rule
 from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor, PrivacyReport
+from lightning_dp.clipping import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    Clipping,
+    FlatClipping,
+    NormClipping,
+    PerLayerClipping,
+    PSACClipping,
+)
 from lightning_dp.coverage import plan
 from lightning_dp.data import PrivateDataset
 from lightning_dp.errors import (
@@ -14,14 +23,23 @@ from lightning_dp.errors import (
 from lightning_dp.forecasting import forecast
 from lightning_dp.losses import per_sample_mean
 from lightning_dp.missing_biases import add_missing_biases
+from lightning_dp.optimizers import DPAdamBC
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveClipping",
+    "AutomaticClipping",
     "BiasOnlyFinetuning",
+    "Clipping",
+    "DPAdamBC",
     "DPStrategy",
+    "FlatClipping",
+    "NormClipping",
+    "PSACClipping",
+    "PerLayerClipping",
     "PrivacyBudgetExceeded",
     "PrivacyBudgetStopping",
     "PrivacyConfigurationError",

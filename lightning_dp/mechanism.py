@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lightning_dp.accounting import Release
-from lightning_dp.clipping import Clipping
+from lightning_dp.clipping import AdaptiveClipping, Clipping
+from lightning_dp.errors import PrivacyConfigurationError
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Mechanism:
     counts, and the noise has the scale of the clipping's sensitivity.
 
     Args:
-        noise_multiplier: Standard deviation of the noise on the sum, divided by the sensitivity.
+        noise_multiplier: Standard deviation of the noise on the sum, divided by the sensitivity. With
+            `AdaptiveClipping`, that of one release which tells as much as gradient and count together.
         clipping: Bounds each unit's gradient.
         sample_rate: q, the probability of each unit to be in a logical batch, in (0, 1].
         expected_batch_size: q N; the sum is divided by it, never by the number drawn, which is private.
@@ -44,7 +46,33 @@ class Mechanism:
     @property
     def noise_std(self) -> float:
         """Standard deviation of the noise on each coordinate of the sum."""
-        return self.noise_multiplier * self.clipping.sensitivity
+        return self.gradient_noise_multiplier * self.clipping.sensitivity
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """The noise multiplier of the sum alone: more than ``noise_multiplier`` if a count is released beside it.
+
+        Raises:
+            PrivacyConfigurationError: If the count leaves nothing for it.
+        """
+        clipping = self.clipping
+        if not isinstance(clipping, AdaptiveClipping):
+            return self.noise_multiplier
+        return clipping.gradient_noise_multiplier(self.noise_multiplier, self.expected_batch_size)
+
+    def check(self) -> None:
+        """Check that clipping and noise go together.
+
+        Raises:
+            PrivacyConfigurationError: If they do not.
+        """
+        if isinstance(self.clipping, AdaptiveClipping) and self.releases_per_draw > 1:
+            raise PrivacyConfigurationError(
+                f"AdaptiveClipping with {self.releases_per_draw} releases from one draw, as optimizers step so often "
+                "in a training step: gradients of several optimizers have no one quantile that a bound could follow. "
+                "Use 'flat' or 'per_layer' clipping, or let one private optimizer step once."
+            )
+        _ = self.gradient_noise_multiplier  # raises if there is none
 
     @property
     def accounted_noise_multiplier(self) -> float:

@@ -23,18 +23,26 @@ class PrivateStatistics:
 
     def __init__(self) -> None:
         self._norms: list[Tensor] = []
+        self._clipped: list[Tensor] = []
         self._losses: list[tuple[Tensor, int]] = []
-        self._max_grad_norm = 1.0
 
-    def begin(self, max_grad_norm: float) -> None:
+    def begin(self) -> None:
         """Begin a logical batch."""
         self._norms.clear()
+        self._clipped.clear()
         self._losses.clear()
-        self._max_grad_norm = max_grad_norm
 
-    def add_norms(self, norm: Tensor) -> None:
-        """Add norms of drawn samples, before clipping; shape ``[B]``, not squared."""
-        self._norms.append(norm.detach())
+    def add_norms(self, *groups: tuple[Tensor, float]) -> None:
+        """Add norms of drawn samples, before clipping; a sample is clipped if its gradient of some group is.
+
+        Args:
+            *groups: For each group of parameters that is clipped on its own, the norms, shape ``[B]``, not squared,
+                and the largest one that is left as it is.
+        """
+        norms = torch.stack([norm.detach().to(groups[0][0]) for norm, _ in groups])
+        clipped = torch.stack([~(norm <= bound) for norm, (_, bound) in zip(norms, groups, strict=True)])
+        self._norms.append(norms[0] if len(groups) == 1 else torch.linalg.vector_norm(norms, dim=0))
+        self._clipped.append(clipped.any(0))
 
     def add_loss(self, mean_loss: Tensor, num_real: int) -> None:
         """Add the mean loss of a physical batch with so many drawn samples."""
@@ -46,7 +54,7 @@ class PrivateStatistics:
         found: dict[str, float] = {}
         norms = torch.cat(self._norms) if self._norms else torch.empty(0)
         if norms.numel():
-            found["clipped_share"] = float((~(norms <= self._max_grad_norm)).double().mean())
+            found["clipped_share"] = float(torch.cat(self._clipped).double().mean())
             finite = norms[norms.isfinite()]
             found.update({"grad_norm": float(finite.median())} if finite.numel() else {})
         if self._losses:

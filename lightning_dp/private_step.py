@@ -9,15 +9,17 @@ DP-SGD, arXiv 1607.00133, algorithm 1, with Poisson sampling and division by the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dp.bookkeeping import Book
+from lightning_dp.clipping import NormClipping, Part, checked_parts
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
 from lightning_dp.private_statistics import PrivateStatistics
+from lightning_dp.quantile_bound import QuantileBound
 
 
 class PrivateStep:
@@ -28,7 +30,7 @@ class PrivateStep:
     | logical batch | what is released |
     |---|---|
     | empty draw | noise |
-    | a sample with a gradient that is not finite | the others, and noise |
+    | a sample with a gradient that is not finite | the others, and noise; per group, where groups are clipped |
     | a parameter that no sample used | noise |
 
     Args:
@@ -36,6 +38,7 @@ class PrivateStep:
         noise: Where noise is drawn.
         mean_loss: Whether the loss is the mean over a physical batch, rather than the sum.
         statistics: Collects what is not private, if the user has asked for it.
+        bound: Moves the bound of `AdaptiveClipping`; without one it stays where it is.
     """
 
     def __init__(
@@ -45,10 +48,12 @@ class PrivateStep:
         *,
         mean_loss: bool = True,
         statistics: PrivateStatistics | None = None,
+        bound: QuantileBound | None = None,
     ) -> None:
         self._parameters, self._noise, self._mean_loss = dict(parameters), noise, mean_loss
-        self._statistics = statistics
+        self._statistics, self._bound = statistics, bound
         self._mechanism: Mechanism | None = None
+        self._parts: Sequence[Part] = ()
         self._sums: dict[str, Tensor] = {}
         self._logical_batches = 0
 
@@ -57,16 +62,26 @@ class PrivateStep:
         """Logical batches begun since the last release."""
         return self._logical_batches
 
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise in each coordinate of the gradients that the last release wrote."""
+        return self._begun.noise_std / self._begun.expected_batch_size
+
     def begin(self, mechanism: Mechanism) -> None:
         """Begin a logical batch.
 
         Args:
             mechanism: Clipping, noise and expected batch size.
         """
-        self._mechanism = mechanism
+        if self._bound is not None:
+            mechanism = self._bound.begin(mechanism)
+        before, self._mechanism = self._mechanism, mechanism
+        clipping = mechanism.clipping
+        if not isinstance(clipping, NormClipping) and (before is None or before.clipping is not clipping):
+            self._parts = checked_parts(clipping, {name: p.numel() for name, p in self._parameters.items()})
         self._logical_batches += 1
         if self._statistics is not None:
-            self._statistics.begin(mechanism.clipping.max_grad_norm)
+            self._statistics.begin()
 
     @torch.no_grad()
     def collect(self, book: Book, num_real: int) -> None:
@@ -78,12 +93,28 @@ class PrivateStep:
         """
         # The book holds gradients of the loss: of a mean, each sample's own gradient is B times as long.
         scale = book.num_samples if self._mean_loss else 1
-        norm = book.norm_sq().sqrt() * scale
+        norms = [self._add(share, clipping, scale, num_real) for share, clipping in self._shares(book)]
         if self._statistics is not None:
-            self._statistics.add_norms(norm[:num_real])
-        real = torch.arange(book.num_samples, device=norm.device) < num_real
-        weight = torch.where(real, self._begun.clipping.factor(norm), torch.zeros_like(norm)) * scale
+            self._statistics.add_norms(*norms)
+        if self._bound is not None:
+            self._bound.add(norms[0][0])
+
+    def _shares(self, book: Book) -> Iterator[tuple[Book, NormClipping]]:
+        """Yield what is clipped by one factor: as a rule the whole book."""
+        clipping = self._begun.clipping
+        if isinstance(clipping, NormClipping):
+            yield book, clipping
+            return
+        for part in self._parts:
+            yield book.take(part.names), part.clipping
+
+    def _add(self, book: Book, clipping: NormClipping, scale: int, num_real: int) -> tuple[Tensor, float]:
+        """Add what is in a book to the sums, clipped; return the norms of the drawn samples, and their bound."""
+        norm = book.norm_sq().sqrt() * scale
+        weight = clipping.factor(norm) * scale
+        weight[num_real:] = 0  # phantoms
         book.pour(weight, self._sums)
+        return norm[:num_real], clipping.max_grad_norm
 
     def note_loss(self, loss: Tensor, num_rows: int, num_real: int) -> None:
         """Note the loss of a physical batch, if the user has asked for it.
@@ -108,6 +139,8 @@ class PrivateStep:
         for name, noisy in released.items():
             parameter = self._parameters[name]
             parameter.grad = noisy.to(parameter)
+        if self._bound is not None:
+            self._bound.move(self._noise)
         self.drop()
 
     def drop(self) -> None:

@@ -21,8 +21,9 @@ class MechanismRecord:
 
     Args:
         noise_multiplier: Standard deviation of the noise on the sum, divided by the sensitivity.
-        clipping: The kind of clipping.
-        max_grad_norm: The largest L2 norm (not squared) of what one unit adds to the sum.
+        clipping: The kind of clipping, with its settings.
+        max_grad_norm: The largest L2 norm (not squared) of what one unit adds to the sum; if the clipping moves it, at
+            the time of the record.
         sensitivity: How far the sum can move when one unit is added or removed (L2 norm, not squared).
         expected_batch_size: What the noisy sum is divided by.
         sample_rate: The probability of each unit to be in a logical batch.
@@ -54,6 +55,7 @@ class SamplerRecord:
         examples_per_unit: How many examples each unit in a logical batch gives.
         batches_per_epoch: Logical batches in an epoch.
         max_physical_batch_size: The most units that are processed at a time.
+        views_per_example: How many rows of a batch each of these examples is.
     """
 
     kind: str
@@ -63,6 +65,7 @@ class SamplerRecord:
     examples_per_unit: int
     batches_per_epoch: int
     max_physical_batch_size: int
+    views_per_example: int = 1
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ class Schedule:
         return self._mechanisms[min(bisect_right(self._ends, step), last) if last else 0]
 
     @property
+    def mechanisms(self) -> Sequence[Mechanism]:
+        """Those of all stages, in their order."""
+        return self._mechanisms
+
+    @property
     def varies(self) -> bool:
         """Whether the mechanism of a step depends on its number."""
         return len(set(self._mechanisms)) > 1

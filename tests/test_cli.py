@@ -66,6 +66,30 @@ def test_console_command_prints_a_configuration():
     assert strategy["init_args"]["target_epsilon"] == 3.0
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("FlatClipping", {"max_grad_norm": 0.5}),
+        ("AutomaticClipping", {"max_grad_norm": 0.5}),
+        ("PSACClipping", {"max_grad_norm": 0.5, "r": 0.2}),
+        ("PerLayerClipping", {"groups": {"ends": ["net.0", "net.2"]}, "budgets": "size"}),
+        ("AdaptiveClipping", {"quantile": 0.75, "count_noise_std": 20.0}),
+    ],
+)
+def test_clipping_in_yaml(tmp_path, kind, arguments):
+    config = tmp_path / "clipping.yaml"
+    clipping = {"class_path": f"lightning_dp.{kind}", "init_args": arguments}
+    strategy = {"class_path": "lightning_dp.DPStrategy", "init_args": {"clipping": clipping, "noise_multiplier": 1.0}}
+    model, data = (f"lightning_dp.demos.digits.Digits{name}" for name in ("Classifier", "DataModule"))
+    config.write_text(yaml.safe_dump({"trainer": {"strategy": strategy}, "model": model, "data": data}))
+    cli = DPLightningCLI(args=[f"--config={config}", *QUIET], run=False, save_config_callback=None)
+    found = cli.trainer.strategy._run.settings.resolved_clipping()
+    assert type(found) is getattr(ldp, kind)
+    for name, value in arguments.items():
+        shown = {group: list(patterns) for group, patterns in found.groups.items()} if name == "groups" else None
+        assert (shown or getattr(found, name)) == value
+
+
 def test_a_misspelt_argument_is_refused(capsys):
     with pytest.raises(SystemExit):
         command_line("fit", f"--config={CONFIGS[0]}", "--trainer.strategy.target_epsilonn=1")

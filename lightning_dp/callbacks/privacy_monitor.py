@@ -20,6 +20,7 @@ class PrivacyMonitor(pl.Callback):
 
     ``privacy/epsilon`` is an upper bound looked up at the next of 64 knots, at most a few per cent above the exact one,
     which the summary and ``strategy.epsilon`` give. ``privacy/steps_left`` is logged if there is a ``target_epsilon``.
+    With `AdaptiveClipping` also ``privacy/max_grad_norm``, the bound as it was moved by the last step.
     With ``DPStrategy(private_statistics=True)`` also ``private/clipped_share``, ``private/grad_norm`` (the median,
     before clipping) and ``private/train_loss``: epsilon does not cover whoever sees these.
 
@@ -53,6 +54,8 @@ class PrivacyMonitor(pl.Callback):
         pl_module.log("privacy/epsilon", budget.epsilon_at_most, on_step=True, prog_bar=True, batch_size=1)
         if budget.releases_left is not None:
             pl_module.log("privacy/steps_left", float(budget.releases_left), on_step=True, prog_bar=True, batch_size=1)
+        if strategy._run.bound is not None:
+            pl_module.log("privacy/max_grad_norm", strategy.max_grad_norm, on_step=True, batch_size=1)
         for name, value in (strategy.private_statistics or {}).items():
             pl_module.log(f"private/{name}", value, on_step=True, batch_size=1)
 

@@ -6,11 +6,11 @@ Owns: the choice by name, its share and its refusals. Does not own: from when on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.patterns import matches
 
 
 class Selection:
@@ -83,8 +83,3 @@ def is_bias(name: str) -> bool:
     """Whether a parameter is a bias by its name: ``bias``, ``in_proj_bias``, ``bias_ih_l0``."""
     last = name.rpartition(".")[2]
     return last.endswith("bias") or last.startswith("bias_")
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern fits a parameter's name as a whole, or is a run of its dotted parts."""
-    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."

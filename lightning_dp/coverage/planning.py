@@ -213,9 +213,12 @@ class _Rehearsal:
         mechanism, units = run.schedule.base, loader.units
         plan.engine, plan.num_examples = run.settings.clipping_engine, len(loader.dataset)  # type: ignore[arg-type]
         plan.num_users = units.num_units if units.unit == "user" else None
-        plan.examples_per_user = rows = units.examples_per_unit
-        plan.expected_batch_size, plan.sample_rate = mechanism.expected_batch_size * rows, mechanism.sample_rate
+        rows, plan.views_per_example = units.examples_per_unit, units.views
+        plan.examples_per_user = rows // units.views
+        plan.expected_batch_size = mechanism.expected_batch_size * plan.examples_per_user
+        plan.sample_rate = mechanism.sample_rate
         plan.physical_batch_size = loader.max_physical_batch_size * rows
+        plan.clipping, plan.max_grad_norm = str(mechanism.clipping), mechanism.clipping.max_grad_norm
         plan.noise_multiplier, plan.target_epsilon = mechanism.noise_multiplier, budget.target_epsilon
         plan.delta, plan.planned_steps = budget.delta, budget.planned_steps
         plan.steps_per_batch = max(1, steps_per_draw)

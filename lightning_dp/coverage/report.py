@@ -62,13 +62,16 @@ class Plan:
         num_examples: Of the training data; ``None`` here and below if the fit was refused before it was known.
         num_users: N, if the unit is a user with all their examples; ``None`` if it is an example.
         examples_per_user: How many examples of a drawn user are in a logical batch.
+        views_per_example: How many rows of a batch each of them is.
         expected_batch_size: The expected number of examples in a logical batch.
         sample_rate: The probability of each unit to be in it.
-        physical_batch_size: The most examples processed at a time.
+        physical_batch_size: The most examples processed at a time, each view counted.
         physical_batch: Why this is the fastest, in a sentence; empty if it was not to be found.
         planned_steps: Logical batches that the trainer is set to make steps for in all; ``None`` without a limit.
         steps: How many more of them this fit uses: those planned that fit into ``target_epsilon``; ``None`` if endless.
         steps_per_batch: Optimizer steps in one training step: more than one only under manual optimization.
+        clipping: The kind of clipping, with its settings.
+        max_grad_norm: The largest L2 norm (not squared) of what one unit adds to a sum of gradients.
         noise_multiplier: Given or calibrated.
         epsilon: What all releases will have spent after ``steps`` more; ``None`` if endless.
         target_epsilon: The budget; ``None`` without one.
@@ -92,6 +95,7 @@ class Plan:
     num_examples: int | None = None
     num_users: int | None = None
     examples_per_user: int = 1
+    views_per_example: int = 1
     expected_batch_size: float | None = None
     sample_rate: float | None = None
     physical_batch_size: int | None = None
@@ -99,6 +103,8 @@ class Plan:
     planned_steps: int | None = None
     steps: int | None = None
     steps_per_batch: int = 1
+    clipping: str = ""
+    max_grad_norm: float | None = None
     noise_multiplier: float | None = None
     epsilon: float | None = None
     target_epsilon: float | None = None

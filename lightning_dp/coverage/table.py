@@ -63,6 +63,8 @@ def _settings(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "sample rate", f"{plan.sample_rate:.4g}"
     yield "physical batch", f"at most {plan.physical_batch_size:,}"
     yield ("planned steps" if plan.steps_per_batch == 1 else "planned logical batches"), _steps(plan)
+    yield "clipping", plan.clipping
+    yield "max_grad_norm", f"{plan.max_grad_norm:g}"
     yield "noise multiplier", f"{plan.noise_multiplier:.4g}"
     of_target = "" if plan.target_epsilon is None else f" of {plan.target_epsilon:g}"
     yield "epsilon after these", "grows without end" if plan.epsilon is None else f"{plan.epsilon:.4f}{of_target}"
@@ -70,7 +72,8 @@ def _settings(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _of_each(plan: Plan) -> str:
-    return "" if plan.num_users is None else f" examples, {plan.examples_per_user} of each user"
+    views = f", {plan.views_per_example} views of each" if plan.views_per_example > 1 else ""
+    return ("" if plan.num_users is None else f" examples, {plan.examples_per_user} of each user") + views
 
 
 def _steps(plan: Plan) -> str:

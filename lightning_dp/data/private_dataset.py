@@ -38,11 +38,16 @@ class PrivateDataset(Dataset[T]):
     repeated as evenly as possible. A user's gradient is the mean over these m rows (with ``loss_reduction="sum"``, the
     sum): all users have the same weight, whatever the number of their examples.
 
+    With ``views_per_example=K``, every drawn example is K rows of the batch, each fetched anew: a dataset with a random
+    transform gives K views of it, whose mean gradient is clipped as one (augmentation multiplicity, arXiv 2204.13650).
+    ``batch_size`` counts examples, not views, so that sampling, noise and epsilon are those of one view.
+
     Args:
         dataset: With ``__getitem__`` and ``__len__``.
         user_ids: The user of every example, integers or strings, in the order of the examples: a list, an array or a
             tensor. Default: every example is somebody else's.
-        examples_per_user: m, how many rows of a logical batch a drawn user has.
+        examples_per_user: m, how many examples of a drawn user are in a logical batch.
+        views_per_example: K, how many rows of a batch each of them is.
         partition: A name. Datasets of different names have nobody in common, so that what they spend is not added up:
             the greatest epsilon counts. Default: nothing is known, and it is added to all others.
 
@@ -61,12 +66,19 @@ class PrivateDataset(Dataset[T]):
         *,
         user_ids: Sequence[int] | Sequence[str] | NDArray[Any] | Tensor | None = None,
         examples_per_user: int = 1,
+        views_per_example: int = 1,
         partition: str | None = None,
     ) -> None:
         _check_access(dataset)
         self.dataset, self.partition = dataset, partition
         self.user_ids = None if user_ids is None else _plain_ids(user_ids)
-        self.examples_per_user = _checked_count(examples_per_user, user_ids is not None)
+        self.examples_per_user = _checked_count("examples_per_user", examples_per_user)
+        self.views_per_example = _checked_count("views_per_example", views_per_example)
+        if examples_per_user > 1 and user_ids is None:
+            raise PrivacyConfigurationError(
+                f"examples_per_user={examples_per_user} without user_ids: whose the examples are is not known. Give "
+                "user_ids, the user of every example. To use several views of each example, give views_per_example."
+            )
         self._check_length()
         if partition is not None and (not isinstance(partition, str) or not partition):
             raise PrivacyConfigurationError(f"partition={partition!r}: expected a name, or None.")
@@ -97,9 +109,10 @@ class PrivateDataset(Dataset[T]):
         """
         self._check_length()
         if self.user_ids is None:
-            return ExampleUnits(len(self) if indices is None else len(indices), self.partition)
+            return ExampleUnits(len(self) if indices is None else len(indices), self.partition, self.views_per_example)
         users = _numbered(self.user_ids)
-        return UserUnits(users if indices is None else users[indices], self.examples_per_user, self.partition)
+        own = users if indices is None else users[indices]
+        return UserUnits(own, self.examples_per_user, self.partition, self.views_per_example)
 
     def _check_length(self) -> None:
         if self.user_ids is not None and len(self.user_ids) != len(self):
@@ -152,15 +165,10 @@ def _check_access(dataset: Any) -> None:
         )
 
 
-def _checked_count(examples_per_user: Any, has_users: bool) -> int:
-    if isinstance(examples_per_user, bool) or not isinstance(examples_per_user, int) or examples_per_user < 1:
-        raise PrivacyConfigurationError(f"examples_per_user={examples_per_user!r}: expected an integer of at least 1.")
-    if examples_per_user > 1 and not has_users:
-        raise PrivacyConfigurationError(
-            f"examples_per_user={examples_per_user} without user_ids: whose the examples are is not known. Give "
-            "user_ids, the user of every example."
-        )
-    return examples_per_user
+def _checked_count(name: str, count: Any) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise PrivacyConfigurationError(f"{name}={count!r}: expected an integer of at least 1.")
+    return count
 
 
 def _plain_ids(user_ids: Any) -> tuple[Hashable, ...]:

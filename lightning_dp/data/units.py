@@ -21,16 +21,23 @@ class Units(ABC):
     Args:
         num_units: How many there are: N.
         partition: Name of the data; other names share no unit with it. ``None``: nothing is said of that.
+        views: How many rows of a batch an example is: each is fetched anew, so that a random transform gives another
+            view of it.
     """
 
     unit: str
     """What a unit is: ``"example"`` or ``"user"``."""
 
-    examples_per_unit: int = 1
-    """How many rows of a batch each unit has."""
+    examples_per_unit: int
+    """How many rows of a batch each unit has, views included."""
 
-    def __init__(self, num_units: int, partition: str | None = None) -> None:
-        self.num_units, self.partition = num_units, partition
+    def __init__(self, num_units: int, partition: str | None = None, views: int = 1) -> None:
+        self.num_units, self.partition, self.views = num_units, partition, views
+        self.examples_per_unit = views
+
+    def expected(self, batch_size: float) -> float:
+        """Return how many units a dataloader's batch of so many examples is; the views of an example are one."""
+        return batch_size * self.views / self.examples_per_unit
 
     @abstractmethod
     def examples_of(self, units: Sequence[int], random: SecretRandom | None = None) -> list[int]:
@@ -48,8 +55,8 @@ class ExampleUnits(Units):
     unit = "example"
 
     def examples_of(self, units: Sequence[int], random: SecretRandom | None = None) -> list[int]:
-        """Return the units themselves."""
-        return list(units)
+        """Return the units themselves, each as often as it has views."""
+        return [unit for unit in units for _ in range(self.views)]
 
 
 class UserUnits(Units):
@@ -66,23 +73,26 @@ class UserUnits(Units):
         users: The number of every example's user, counted from anywhere.
         examples_per_unit: m.
         partition: Name of the data.
+        views: How many rows of a batch each of the m examples is.
     """
 
     unit = "user"
 
-    def __init__(self, users: NDArray[np.int64], examples_per_unit: int, partition: str | None = None) -> None:
+    def __init__(
+        self, users: NDArray[np.int64], examples_per_unit: int, partition: str | None = None, views: int = 1
+    ) -> None:
         _, counts = np.unique(users, return_counts=True)
-        super().__init__(len(counts), partition)
-        self.examples_per_unit = examples_per_unit
+        super().__init__(len(counts), partition, views)
+        self.examples_per_unit, self._chosen = examples_per_unit * views, examples_per_unit
         self._examples = np.argsort(users, kind="stable")
         self._starts = np.concatenate([[0], np.cumsum(counts)])
 
     def examples_of(self, units: Sequence[int], random: SecretRandom | None = None) -> list[int]:
-        """Return m examples of each user."""
-        return [int(example) for unit in units for example in self._some_of(unit, random)]
+        """Return m examples of each user, each as often as it has views."""
+        return [int(e) for unit in units for e in self._some_of(unit, random) for _ in range(self.views)]
 
     def _some_of(self, unit: int, random: SecretRandom | None) -> NDArray[np.int64]:
         own = self._examples[self._starts[unit] : self._starts[unit + 1]]
         if random is not None:
             own = own[random.uniform(len(own)).argsort().numpy()]
-        return np.resize(own, self.examples_per_unit)
+        return np.resize(own, self._chosen)

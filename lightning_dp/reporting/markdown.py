@@ -143,7 +143,9 @@ def _data(report: Report) -> str:
     sampler, unit = report.record.sampler, report.record.mechanism.unit
     users = f", N = {sampler.num_units:,} {unit}s, {sampler.examples_per_unit} examples of each one drawn"
     users = "" if unit == "example" else users
-    return f"{'N = ' if unit == 'example' else ''}{sampler.num_examples:,} examples of a `{sampler.dataset}`{users}"
+    views = f", each as {sampler.views_per_example} views" if sampler.views_per_example > 1 else ""
+    of = f"{sampler.num_examples:,} examples of a `{sampler.dataset}`"
+    return f"{'N = ' if unit == 'example' else ''}{of}{users}{views}"
 
 
 def _ledger(report: Report) -> Iterator[str]:

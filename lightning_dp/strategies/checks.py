@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError, UnsupportedModelError
+from lightning_dp.optimizers import NoiseAware
 from lightning_dp.strategies.tree import Tree
 
 _TUNERS = ("LearningRateFinder", "BatchSizeFinder", "_LRCallback")
@@ -100,14 +101,27 @@ def _check_statistics(name: str, layer: nn.Module) -> None:
     )
 
 
-def check_optimizers(optimizers: Iterable[Optimizer | LightningOptimizer]) -> None:
-    """Raise if an optimizer needs more than one gradient per step."""
+def check_optimizers(
+    optimizers: Iterable[Optimizer | LightningOptimizer], gradient_clip_val: float | None = None
+) -> None:
+    """Raise if an optimizer needs more than one gradient per step, or would be told another noise than there is.
+
+    Args:
+        optimizers: Those of the trainer.
+        gradient_clip_val: Of the trainer.
+    """
     for optimizer in optimizers:
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if isinstance(plain, LBFGS):
             raise PrivacyConfigurationError(
                 "the optimizer LBFGS evaluates the loss several times per step, and each evaluation would be a "
                 "release. Use an optimizer with one gradient per step, such as SGD or Adam."
+            )
+        if gradient_clip_val and isinstance(plain, NoiseAware):
+            raise PrivacyConfigurationError(
+                f"gradient_clip_val={gradient_clip_val} with the optimizer {type(plain).__name__}, which takes the "
+                "noise out of its moments: clipped once more, released gradients have another noise than it is told. "
+                "Leave gradient_clip_val out; each sample is clipped by DPStrategy(max_grad_norm=...) anyway."
             )
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_dp.accounting import Accountant
+from lightning_dp.clipping import Clipping
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.hooks import PrivateHooks
@@ -38,8 +39,11 @@ class DPStrategy(PrivateHooks, DDPStrategy):
         target_delta: Probability with which epsilon may fail; below 1/N. Default: 1 / (10 N).
         noise_multiplier: Standard deviation of the noise divided by ``max_grad_norm``. Default: calibrated so that the
             planned number of steps spends ``target_epsilon``. 0 trains without privacy, for debugging.
-        max_grad_norm: The largest L2 norm (not squared) of what one example adds to the sum of gradients.
-        clipping: ``"flat"`` shortens longer gradients to ``max_grad_norm``; ``"automatic"`` brings all near it.
+        max_grad_norm: The largest L2 norm (not squared) of what one example adds to the sum of gradients. Default: 1;
+            with a `Clipping` object the object's own, and no other.
+        clipping: ``"flat"`` shortens longer gradients to ``max_grad_norm``; ``"automatic"`` brings all near it;
+            ``"psac"`` does so, and weighs short ones less; ``"per_layer"`` shortens each layer's on its own;
+            ``"adaptive"`` is flat with a bound that follows the median norm. Or a `Clipping` object with settings.
         max_physical_batch_size: The most examples processed at a time; changes memory and speed, never the result.
             Default: the dataloader's batch size. ``"auto"``: the fastest for each example that fits into the memory,
             found before the first step by trying sizes on a few examples; it is shown, and tells a little of how long
@@ -75,8 +79,8 @@ class DPStrategy(PrivateHooks, DDPStrategy):
         target_epsilon: float | None = None,
         target_delta: float | None = None,
         noise_multiplier: float | None = None,
-        max_grad_norm: float = 1.0,
-        clipping: str = "flat",
+        max_grad_norm: float | None = None,
+        clipping: str | Clipping = "flat",
         max_physical_batch_size: int | Literal["auto"] | None = None,
         accountant: str | Accountant = "prv",
         loss_reduction: str = "mean",
@@ -130,7 +134,7 @@ class DPStrategy(PrivateHooks, DDPStrategy):
                 checks.check_module(self._module)
         Strategy.setup(self, trainer)
         if fitting:
-            checks.check_optimizers(self.optimizers)
+            checks.check_optimizers(self.optimizers, trainer.gradient_clip_val)
             checks.trained_parameters(self._module, self.optimizers)
 
     def _setup_model(self, model: Any) -> Any:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_dp.bookkeeping import Book, BookKeeping
 from lightning_dp.errors import PrivacyError, UnsupportedModelError
 from lightning_dp.mechanism import Mechanism
+from lightning_dp.optimizers import tell_noise
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.strategies.following import Following
 from lightning_dp.strategies.stepping import Stepping
@@ -199,6 +200,7 @@ class ManualStepping(Stepping):
             )
         if optimizer not in self._groups:
             self._check_public(optimizer)
+            tell_noise(optimizer, 0.0)
             return result
         book = self._pending.take(optimizer)
         if self._released == self._releases_per_draw:
@@ -212,6 +214,7 @@ class ManualStepping(Stepping):
         self._released += 1
         self._step.collect(book, self._num_real)
         self._step.release(self._groups[optimizer])
+        tell_noise(optimizer, self._step.noise_std)
         return None
 
     def _check_public(self, optimizer: Optimizer) -> None:

@@ -149,6 +149,7 @@ def find(
     """
     mean_loss = run.settings.loss_reduction == "mean"
     assert run.loader is not None, "settled with the dataloader"
+    run.settings.resolved_clipping().check_names(name for name, _ in module.named_parameters())
     if module.automatic_optimization:
         trial = AutomaticTrial(module, run_step)
         trained, others = _checked_parameters(module)

@@ -91,12 +91,12 @@ def training_record(module: pl.LightningModule, run: PrivateRun, found: Found, k
 
 
 def _mechanism(run: PrivateRun) -> MechanismRecord:
-    mechanism, clipping = run.schedule.base, run.settings.clipping
+    mechanism, clipping = run.schedule.base, run.clipping
     return MechanismRecord(
         noise_multiplier=mechanism.noise_multiplier,
-        clipping=clipping if isinstance(clipping, str) else type(clipping).__name__,
-        max_grad_norm=mechanism.clipping.max_grad_norm,
-        sensitivity=mechanism.clipping.sensitivity,
+        clipping=str(clipping),
+        max_grad_norm=clipping.max_grad_norm,
+        sensitivity=clipping.sensitivity,
         expected_batch_size=mechanism.expected_batch_size,
         sample_rate=mechanism.sample_rate,
         releases_per_draw=mechanism.releases_per_draw,
@@ -113,9 +113,10 @@ def _sampler(run: PrivateRun) -> SamplerRecord:
         dataset=type(loader.dataset).__name__,
         num_examples=len(loader.dataset),  # type: ignore[arg-type]
         num_units=loader.units.num_units,
-        examples_per_unit=loader.units.examples_per_unit,
+        examples_per_unit=loader.units.examples_per_unit // loader.units.views,
         batches_per_epoch=len(loader),
         max_physical_batch_size=loader.max_physical_batch_size,
+        views_per_example=loader.units.views,
     )
 
 

@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader
 from lightning_dp.accounting import Journal, Ledger, RDPFilter, journal_places
 from lightning_dp.accounting.delta import delta_for
 from lightning_dp.budget import PrivacyBudget
+from lightning_dp.clipping import AdaptiveClipping, Clipping
 from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
 from lightning_dp.errors import PrivacyError
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
 from lightning_dp.private_statistics import PrivateStatistics
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.quantile_bound import QuantileBound
 from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.fit_plan import FitPlan
@@ -65,6 +67,8 @@ class PrivateRun:
         self.training: TrainingRecord | None = None
         self._noise, self._sampling = SecretRandom(), SecretRandom()
         self.statistics = PrivateStatistics() if settings.private_statistics else None
+        clipping = settings.resolved_clipping()
+        self.bound = QuantileBound(clipping) if isinstance(clipping, AdaptiveClipping) else None
 
     @property
     def budget(self) -> PrivacyBudget:
@@ -86,6 +90,11 @@ class PrivateRun:
     def delta(self) -> float | None:
         """The delta that epsilon is for, as far as it is known."""
         return self._budget.delta if self._budget else self.settings.target_delta
+
+    @property
+    def clipping(self) -> Clipping:
+        """The clipping of the next step."""
+        return self.settings.resolved_clipping() if self.bound is None else self.bound.clipping
 
     @property
     def schedule(self) -> Schedule:
@@ -169,6 +178,8 @@ class PrivateRun:
         trusted = self._budget.trusted_accountant()
         if trusted is not accountant:
             self._schedule, self._budget = planning.settled(trusted, self._journal)
+        for mechanism in self._schedule.mechanisms:
+            mechanism.check()
         self._terms = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
         self._releases_per_draw = releases_per_draw
         if announce:
@@ -239,7 +250,7 @@ class PrivateRun:
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
         """Return the buffers for these parameters."""
         mean_loss = self.settings.loss_reduction == "mean"
-        return PrivateStep(trained, self._noise, mean_loss=mean_loss, statistics=self.statistics)
+        return PrivateStep(trained, self._noise, mean_loss=mean_loss, statistics=self.statistics, bound=self.bound)
 
     def put_into(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Put the ledger into a checkpoint that is about to be saved, and where its journal will be."""
@@ -252,7 +263,8 @@ class PrivateRun:
             "terms": [agreed.state_dict() for agreed in terms.values()],
             "directory": str(path.parent.absolute()),
         }
-        checkpoint[_CHECKPOINT_KEY] = {**state, **plain_record(self)}
+        bound = {} if self.bound is None else {"bound": self.bound.state_dict()}
+        checkpoint[_CHECKPOINT_KEY] = {**state, **bound, **plain_record(self)}
 
     def record(self) -> Record | None:
         """Return the facts about this run, for reports; ``None`` before it has seen its training data."""
@@ -271,6 +283,8 @@ class PrivateRun:
             earlier = earlier_record(checkpoint[_CHECKPOINT_KEY])
             self.training = self.training or (earlier.training if earlier else None)
             self._releases_per_draw = earlier.mechanism.releases_per_draw if earlier else 1
+            if self.bound is not None and "bound" in checkpoint[_CHECKPOINT_KEY]:
+                self.bound.load_state_dict(checkpoint[_CHECKPOINT_KEY]["bound"])
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
         beside, *others = journal_places(path, checkpoint.get(_CHECKPOINT_KEY, {}))

@@ -29,8 +29,8 @@ class PrivacySettings:
     target_epsilon: float | None
     target_delta: float | None
     noise_multiplier: float | None
-    max_grad_norm: float
-    clipping: str
+    max_grad_norm: float | None
+    clipping: str | Clipping
     max_physical_batch_size: int | Literal["auto"] | None
     accountant: str | Accountant
     loss_reduction: str
@@ -99,8 +99,8 @@ class PrivacySettings:
         most, rows = self._most, units.examples_per_unit
         if most is not None and most < rows:
             raise PrivacyConfigurationError(
-                f"max_physical_batch_size={most} with examples_per_user={rows}: the examples of a user are clipped "
-                f"together, so they are in one physical batch. Use at least {rows}, or fewer examples_per_user."
+                f"max_physical_batch_size={most} with {_rows_of(units)}: they are clipped together, so they are in one "
+                f"physical batch. Use at least {rows}, or fewer of them."
             )
         return 1 if self.clipping_engine == "loop" else max(1, (most or batch_size) // rows)
 
@@ -150,15 +150,22 @@ class PrivacySettings:
         Raises:
             PrivacyConfigurationError: If it is above 1.
         """
-        expected = batch_size * world_size / units.examples_per_unit
+        expected = units.expected(batch_size * world_size)
         if expected > units.num_units:
+            most = units.num_units * units.examples_per_unit // (units.views * world_size)
             raise PrivacyConfigurationError(
                 f"batch_size={batch_size} on {world_size} process(es) with N={units.num_units} training {units.unit}s: "
                 f"the sample rate would be {expected / units.num_units:.3g}, expected at most 1. Use a batch_size of "
-                f"at most {units.num_units * units.examples_per_unit // world_size}; the memory of a step is set by "
+                f"at most {most}; the memory of a step is set by "
                 "max_physical_batch_size."
             )
         return expected / units.num_units
+
+
+def _rows_of(units: Units) -> str:
+    own = units.examples_per_unit // units.views
+    words = [f"examples_per_user={own}"] * (own > 1) + [f"views_per_example={units.views}"] * (units.views > 1)
+    return " and ".join(words)
 
 
 def _check_number(

@@ -32,6 +32,14 @@ class PrivacyStatus:
         return self._run.mechanism.noise_multiplier if self._run.mechanism else self._run.settings.noise_multiplier
 
     @property
+    def max_grad_norm(self) -> float:
+        """The largest norm of what one unit adds to the sum of gradients in the next step.
+
+        `AdaptiveClipping` moves it, by a count that is released with noise: so it may be looked at.
+        """
+        return self._run.clipping.max_grad_norm
+
+    @property
     def sample_rate(self) -> float | None:
         """The probability of a unit to be in a logical batch; ``None`` before the training data is known."""
         return self._run.mechanism.sample_rate if self._run.mechanism else None

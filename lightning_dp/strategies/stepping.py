@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_dp.bookkeeping import Keeping
 from lightning_dp.errors import PrivacyError
 from lightning_dp.mechanism import Mechanism
+from lightning_dp.optimizers import tell_noise
 from lightning_dp.private_step import PrivateStep
 
 
@@ -148,3 +149,4 @@ class AutomaticStepping(Stepping):
             )
         self._book(self._at)
         self._step.release()
+        tell_noise(optimizer, self._step.noise_std)

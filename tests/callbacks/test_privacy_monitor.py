@@ -134,13 +134,16 @@ def test_by_default_nothing_of_it_exists(tmp_path):
 def test_statistics_of_odd_batches():
     statistics = PrivateStatistics()
     assert statistics.values() == {}
-    statistics.begin(1.0)
-    statistics.add_norms(torch.tensor([float("nan"), float("inf"), 0.5]))
+    statistics.begin()
+    statistics.add_norms((torch.tensor([float("nan"), float("inf"), 0.5]), 1.0))
     statistics.add_loss(torch.tensor(3.0), 0)  # an empty draw
     assert statistics.values() == {"clipped_share": pytest.approx(2 / 3), "grad_norm": 0.5}
-    statistics.begin(1.0)
-    statistics.add_norms(torch.tensor([float("nan")]))
+    statistics.begin()
+    statistics.add_norms((torch.tensor([float("nan")]), 1.0))
     assert statistics.values() == {"clipped_share": 1.0}
+    statistics.begin()  # two groups of parameters, each with a bound of its own
+    statistics.add_norms((torch.tensor([3.0, 0.3, 0.0]), 1.0), (torch.tensor([4.0, 0.4, 2.5]), 2.0))
+    assert statistics.values() == {"clipped_share": pytest.approx(2 / 3), "grad_norm": pytest.approx(2.5)}
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_an_ordinary_fit(figures):
         "examples_per_unit": 1,
         "batches_per_epoch": 4,
         "max_physical_batch_size": 5,
+        "views_per_example": 1,
     }
     training = record["training"]
     assert [(p["name"], p["shape"], p["count"]) for p in training["trained"]] == [

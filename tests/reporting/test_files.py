@@ -82,6 +82,13 @@ def test_markdown_rounds_an_upper_bound_up(report):
     assert "**epsilon 1.2346** of 3 at delta 0.001" in as_markdown(replace(report, privacy=privacy))
 
 
+def test_markdown_tells_the_views_of_an_example(report):
+    assert "each as" not in as_markdown(report)
+    sampler = replace(report.record.sampler, views_per_example=5)
+    shown = as_markdown(replace(report, record=replace(report.record, sampler=sampler)))
+    assert "Dataset`, each as 5 views" in shown
+
+
 def test_a_second_accountant_with_more_epsilon_is_a_fault(report):
     def shown(epsilon):
         privacy = replace(report.privacy, epsilon=1.0, cross_check=CrossCheck("dp-accounting 0.6", epsilon, None))

@@ -107,6 +107,25 @@ def test_averages_of_weights():
         assert_equal(module, expected)
 
 
+@pytest.mark.skipif(not hasattr(lightning, "EMAWeightAveraging"), reason="came with Lightning 2.6")
+def test_a_moving_average_of_weights_costs_nothing():
+    """It is a function of what was released: of the noisy weights after every step, and of nothing else."""
+    after = []
+
+    class Notes(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            after.append(parameters(pl_module))
+
+    module, dp = Regression(network(), lr=0.1), ldp.DPStrategy(noise_multiplier=1.5, target_delta=1e-3)
+    callbacks = [lightning.EMAWeightAveraging(decay=0.25), Notes()]
+    trainer(dp, max_steps=3, callbacks=callbacks).fit(module, loader(dtype=torch.float64))
+    first, second, third = after
+    assert_equal(module, {name: 0.0625 * p + 0.1875 * second[name] + 0.75 * third[name] for name, p in first.items()})
+    assert not torch.equal(module.net[0].weight, third["net.0.weight"])
+    spent = ldp.compute_epsilon(noise_multiplier=1.5, sample_rate=0.25, num_steps=3, delta=1e-3)
+    assert (dp.num_releases, dp.epsilon) == (3, spent)
+
+
 def test_stochastic_weight_averaging():
     """Where nothing is clipped and all samples are in the batch, a private fit is an ordinary one."""
     module, plain = Regression(network(), lr=0.3), Regression(network(), lr=0.3)

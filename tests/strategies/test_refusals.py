@@ -50,7 +50,10 @@ def refused(match, module=None, data=None, error=CONFIGURATION, strategy=None, *
         ({"noise_multiplier": 0, "target_epsilon": 1.0}, "without noise epsilon is infinite"),
         ({"noise_multiplier": 1, "max_grad_norm": 0}, "max_grad_norm=0: expected a positive"),
         ({"noise_multiplier": 1, "max_grad_norm": float("nan")}, "max_grad_norm=nan"),
-        ({"noise_multiplier": 1, "clipping": "ghost"}, r"clipping='ghost': expected one of \['automatic', 'flat'\]"),
+        (
+            {"noise_multiplier": 1, "clipping": "ghost"},
+            r"clipping='ghost': expected one of \['adaptive', 'automatic', 'flat', 'per_layer', 'psac'\], or",
+        ),
         ({"noise_multiplier": 1, "max_physical_batch_size": 0}, "max_physical_batch_size=0: expected a positive int"),
         ({"noise_multiplier": 1, "max_physical_batch_size": 2.5}, "max_physical_batch_size=2.5"),
         ({"noise_multiplier": 1, "accountant": "moments"}, "moments"),

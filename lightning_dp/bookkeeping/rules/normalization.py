@@ -76,8 +76,9 @@ def _group_norm_sums(x: Tensor, g: Tensor, num_groups: int, eps: float) -> tuple
     _, mean, rstd = torch.native_group_norm(x, None, None, rows, channels, positions, num_groups, eps)
     groups = rows * num_groups
     one = [t.view(1, rows * channels, *t.shape[2:]) for t in (g, x)] + [t.view(1, groups) for t in (mean, rstd)]
+    # The weight does not matter for its own gradient, but torch 2.6 raises without one.
     _, weight, bias = torch.ops.aten.native_group_norm_backward(
-        *one, None, 1, rows * channels, positions, groups, [False, True, True]
+        *one, x.new_ones(rows * channels), 1, rows * channels, positions, groups, [False, True, True]
     )
     return bias.view(rows, channels), weight.view(rows, channels)
 
