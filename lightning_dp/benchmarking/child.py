@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from lightning_dp.benchmarking.baton import Baton, Ended, Facts, Failed, Finished, Step, Token
 from lightning_dp.errors import PrivacyError
+from lightning_dp.strategies.memory import is_out_of_memory
 
 Training = Callable[[Baton], None]
 """Builds a training and runs it, calling ``baton.wait()`` before each step. It goes to another process, so it is
@@ -124,9 +125,4 @@ def _failure(error: BaseException) -> Failed:
         return Failed(f"ended with exit status {error.code}. What it printed stands above.")
     if isinstance(error, PrivacyError):
         return Failed(str(error))  # it says what was found and the way out
-    told = str(error).lower()
-    # torch has a class for this on a GPU only.
-    is_memory = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in told or "allocate memory" in told)
-    )
-    return Failed(f"failed.\n\n{''.join(traceback.format_exception(error))}", out_of_memory=is_memory)
+    return Failed(f"failed.\n\n{''.join(traceback.format_exception(error))}", out_of_memory=is_out_of_memory(error))

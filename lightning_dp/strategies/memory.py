@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
-_TOLD = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+_TOLD = re.compile(r"out of memory|allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 class OutOfMemory(Exception):
