@@ -2,7 +2,13 @@
 
 from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon, max_steps
 from lightning_dp.bookkeeping import register_rule
-from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor, PrivacyReport
+from lightning_dp.callbacks import (
+    BiasOnlyFinetuning,
+    PrivacyBudgetStopping,
+    PrivacyMonitor,
+    PrivacyReport,
+    PublicPretraining,
+)
 from lightning_dp.coverage import plan
 from lightning_dp.data import PrivateDataset
 from lightning_dp.errors import (
@@ -28,6 +34,7 @@ __all__ = [
     "PrivacyMonitor",
     "PrivacyReport",
     "PrivateDataset",
+    "PublicPretraining",
     "Stage",
     "UnsupportedModelError",
     "calibrate_noise_multiplier",

@@ -1,0 +1,299 @@
+"""Public steps against loops by hand: what they move, what they spend, and what they never touch."""
+
+import copy
+import math
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import lightning_dp as ldp
+from tests.models import Regression, clipped_mean, loader, parameters, trainer
+from tests.strategies.reference import assert_equal, network
+
+N, STEPS = 12, 6
+
+
+def examples(n=N, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return TensorDataset(*(torch.randn(n, k, generator=g, dtype=torch.float64) for k in (3, 2)))
+
+
+def public(n=8, batch_size=4, shuffle=False, **settings):
+    return DataLoader(examples(n), batch_size=batch_size, shuffle=shuffle, **settings)
+
+
+def private():
+    """Every example in every batch: at noise 0 nothing is left to chance."""
+    return loader(n=N, batch_size=N, dtype=torch.float64)
+
+
+class Counted(Dataset):
+    """Counts how often an example is read, and at which step."""
+
+    def __init__(self, data):
+        self.data, self.reads, self.step = data, [], lambda: 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        self.reads.append(self.step())
+        return self.data[index]
+
+
+def module(optimizer=torch.optim.SGD, lr=0.1):
+    return Regression(network(), lr=lr, optimizer=optimizer)
+
+
+def fit(model, callback, data=None, steps=STEPS, strategy=None, ckpt_path=None, callbacks=(), **settings):
+    dp = strategy or ldp.DPStrategy(noise_multiplier=0, max_physical_batch_size=5)
+    made = trainer(dp, max_steps=steps, callbacks=[callback, *callbacks], **settings)
+    made.fit(model, data or private(), ckpt_path=ckpt_path)
+    return made
+
+
+def by_hand(model, weights, data=None, given=None, reset_at=None):
+    """Return the parameters after a loop with these weights of the public gradient."""
+    model = copy.deepcopy(model)
+    (x, y), pub = (data or private()).dataset.tensors, given or public()
+    batches, optimizer = [b for _ in range(20) for b in pub], model.configure_optimizers()
+    taken = 0
+    for step, weight in enumerate(weights):
+        gradient = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        if weight > 0:
+            loss = model.training_step(batches[taken], 0)
+            taken += 1
+            for (_, g), h in zip(gradient.items(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+                g += weight * h
+        if weight < 1:
+            for name, g in clipped_mean(model, lambda i: (x[i : i + 1], y[i : i + 1]), len(x)).items():
+                gradient[name] += (1 - weight) * g
+        if step == reset_at:
+            for state in optimizer.state.values():
+                state.get("exp_avg", torch.zeros(())).zero_()
+        for name, p in model.named_parameters():
+            p.grad = gradient[name]
+        optimizer.step()
+    return parameters(model)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("fraction", [1 / 6, 0.5])
+def test_public_then_private_steps_are_those_of_a_loop(optimizer, fraction):
+    model, switch = module(optimizer), round(fraction * STEPS)
+    weights = [1.0] * switch + [0.0] * (STEPS - switch)
+    expected = by_hand(model, weights, reset_at=switch)
+    made = fit(model, ldp.PublicPretraining(public(), switch=fraction))
+    assert_equal(model, expected)
+    assert (made.global_step, made.strategy.num_releases) == (STEPS, STEPS - switch)
+
+
+def test_cosine_mixes_both_gradients():
+    model, end = module(torch.optim.AdamW), 4
+    weights = [(1 + math.cos(math.pi * t / end)) / 2 if t < end else 0.0 for t in range(STEPS)]
+    expected = by_hand(model, weights)
+    made = fit(model, ldp.PublicPretraining(public(), switch=end / STEPS, mix="cosine"))
+    assert_equal(model, expected)
+    assert made.strategy.num_releases == STEPS - 1  # the first one has weight 1
+
+
+def test_sample_weighs_every_example_the_same():
+    """The mean over all 4 + 12 examples, before clipping; it is large enough here that nothing is clipped."""
+    model = module()
+    expected = by_hand(model, [4 / (4 + N)] * 3 + [0.0] * 3)
+    fit(model, ldp.PublicPretraining(public(), switch=0.5, mix="sample"))
+    assert_equal(model, expected)
+    model, strategy = module(), ldp.DPStrategy(noise_multiplier=0, max_grad_norm=1e6)
+    after = copy.deepcopy(model)
+    pooled = [torch.cat(both) for both in zip(private().dataset.tensors, next(iter(public())), strict=True)]
+    after.training_step(pooled, 0).backward()
+    after.configure_optimizers().step()
+    fit(model, ldp.PublicPretraining(public(), switch=1.0, mix="sample"), steps=1, strategy=strategy)
+    assert_equal(model, parameters(after))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kept"),
+    [
+        (torch.optim.Adam, "exp_avg_sq"),
+        (torch.optim.NAdam, "exp_avg_sq"),
+        (torch.optim.RAdam, "exp_avg_sq"),
+        (torch.optim.Adamax, "exp_inf"),
+    ],
+)
+def test_the_switch_resets_the_first_moment_alone(optimizer, kept):
+    seen = []
+
+    class Watches(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step in (2, 3):
+                seen.append({k: v.clone() for k, v in optimizer.state[pl_module.net[0].weight].items()})
+
+    fit(module(optimizer), ldp.PublicPretraining(public(), switch=0.5), callbacks=[Watches()])
+    before, after = seen
+    assert bool((before["exp_avg"] != 0).any())
+    assert bool((after["exp_avg"] == 0).all())
+    assert bool((after[kept] != 0).any())
+    assert float(after["step"]) == 3
+
+
+def test_momentum_of_sgd_and_the_learning_rate_stay():
+    class Momentum(Regression):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            return [optimizer], [
+                {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "interval": "step"}
+            ]
+
+    rates, buffers = [], []
+
+    class Watches(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+            buffers.append([float(s["momentum_buffer"].norm()) for s in optimizer.state.values()])
+
+    fit(Momentum(network()), ldp.PublicPretraining(public(), switch=0.5), callbacks=[Watches()])
+    assert rates == pytest.approx([0.1 * 0.5**t for t in range(STEPS)])
+    assert min(buffers[3]) > 0
+
+
+# ---- what is spent ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_private_data_is_not_read_before_the_switch(workers, caplog):
+    data = Counted(private().dataset)
+    seen = []
+
+    class Counts(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            data.step = lambda: trainer.global_step
+            seen.append((len(data.reads), trainer.strategy.num_releases, trainer.strategy.epsilon))
+
+    given = DataLoader(data, batch_size=3, shuffle=True, num_workers=workers)
+    strategy = ldp.DPStrategy(target_epsilon=2.0, target_delta=1e-3)
+    with caplog.at_level("INFO"):
+        fit(module(), ldp.PublicPretraining(public(), switch=0.5), given, strategy=strategy, callbacks=[Counts()])
+    assert seen[:3] == [(0, 0, 0.0)] * 3
+    assert [releases for _, releases, _ in seen] == [0, 0, 0, 1, 2, 3]
+    assert data.reads  # the look at the first private step, in this process
+    noise = strategy.noise_multiplier
+    expected = ldp.calibrate_noise_multiplier(target_epsilon=2.0, target_delta=1e-3, sample_rate=0.25, num_steps=3)
+    assert noise == expected
+    assert strategy.epsilon == ldp.compute_epsilon(noise_multiplier=noise, sample_rate=0.25, num_steps=3, delta=1e-3)
+    assert "for 3 steps at sample rate 0.25" in caplog.text
+    assert "the public phase ends after 3 steps, and private steps begin" in caplog.text
+
+
+def test_a_plateau_calibrates_for_the_steps_that_are_left(caplog):
+    """Learning rate 0: no check after the first improves, so after 1 + 2 checks of 2 steps each comes the switch."""
+    strategy = ldp.DPStrategy(target_epsilon=2.0, target_delta=1e-3)
+    with caplog.at_level("INFO"):
+        made = fit(
+            module(lr=0.0),
+            ldp.PublicPretraining(public(), patience=2),
+            loader(n=N, batch_size=3, dtype=torch.float64),
+            steps=20,
+            strategy=strategy,
+        )
+    assert (made.global_step, strategy.num_releases) == (20, 14)
+    expected = ldp.calibrate_noise_multiplier(target_epsilon=2.0, target_delta=1e-3, sample_rate=0.25, num_steps=14)
+    assert strategy.noise_multiplier == expected
+    assert 1.98 < strategy.epsilon <= 2.0
+    assert "after 6 steps, as the public loss has not improved in 2 checks" in caplog.text
+    assert caplog.text.count("calibrated to epsilon") == 1
+    assert "for 14 steps" in caplog.text
+
+
+def test_mixed_steps_spend_as_private_ones():
+    strategy = ldp.DPStrategy(target_epsilon=2.0, target_delta=1e-3)
+    data = loader(n=N, batch_size=3, dtype=torch.float64)
+    fit(module(), ldp.PublicPretraining(public(), switch=1.0, mix="cosine"), data, strategy=strategy)
+    assert strategy.num_releases == STEPS - 1
+    assert strategy.noise_multiplier == ldp.calibrate_noise_multiplier(
+        target_epsilon=2.0, target_delta=1e-3, sample_rate=0.25, num_steps=STEPS - 1
+    )
+
+
+def test_the_public_loss_decides_held_out_or_not():
+    """A falling training loss with a held-out loss that never falls: the first is judged only without the second."""
+
+    class Falls(Regression):
+        def training_step(self, batch, batch_idx):
+            x, _ = batch
+            falling = self.net.bias.sum() if self.training else 1.0 + 0 * self.net.bias.sum()
+            return falling + 0 * self.net(x).sum()
+
+    def switch_of(**settings):
+        made = fit(
+            Falls(nn.Linear(3, 2).double(), lr=0.1),
+            callback := ldp.PublicPretraining(public(), patience=1, **settings),
+            steps=10,
+            strategy=ldp.DPStrategy(noise_multiplier=1.0, self_check=False),
+        )
+        assert made.global_step == 10
+        return callback._steps.mixing.private_from
+
+    assert switch_of() is None
+    assert switch_of(public_val_dataloader=public()) == 4
+    assert switch_of(public_val_dataloader=public(), check_every=1) == 2
+
+
+def test_a_fit_that_stays_public_says_so(caplog):
+    strategy = ldp.DPStrategy(target_epsilon=2.0)
+    fit(module(), ldp.PublicPretraining(public(), patience=50), steps=4, strategy=strategy)
+    assert "the private data was not used" in caplog.text
+    assert (strategy.num_releases, strategy.epsilon) == (0, 0.0)
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{"switch": 0.5}, {"patience": 1, "min_delta": 5.0}, {"switch": 1.0, "mix": "cosine"}]
+)
+@pytest.mark.parametrize("at", [1, 3, 5, 7])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_resumed_run_goes_on_as_if_it_had_not_ended(settings, at, shuffle, tmp_path):
+    """At noise 0, with two steps to an epoch and 3 batches to a pass of the public data."""
+
+    def run(steps, ckpt_path=None, callbacks=()):
+        torch.manual_seed(0)
+        model = Regression(network(), lr=0.05, optimizer=torch.optim.AdamW)
+        torch.manual_seed(0 if ckpt_path is None else 5)
+        data = loader(n=N, batch_size=N, dtype=torch.float64)
+        callback = ldp.PublicPretraining(public(n=12, shuffle=shuffle), **settings)
+        fit(model, callback, data, steps, ckpt_path=ckpt_path, callbacks=callbacks)
+        return model, callback
+
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    whole, first = run(8, callbacks=[saves])
+    path = next(tmp_path.glob(f"*step={at}.ckpt"))
+    releases = torch.load(path)["lightning_dp"]["ledger"]
+    for journal in tmp_path.glob("privacy-journal-*.json"):
+        journal.unlink()
+    again, second = run(8, ckpt_path=path)
+    assert_equal(again, parameters(whole))
+    assert first._steps.mixing.private_from == second._steps.mixing.private_from is not None
+    if at <= first._steps.mixing.private_from:
+        assert sum(torch.tensor(row["num_releases"]) for row in releases.get("releases", [])) == 0
+
+
+def test_resume_keeps_noise_and_budget(tmp_path):
+    data = loader(n=N, batch_size=3, dtype=torch.float64)
+    first = ldp.DPStrategy(target_epsilon=2.0, target_delta=1e-3)
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    fit(module(), ldp.PublicPretraining(public(), patience=1, min_delta=99.0), data, 9, first, callbacks=[saves])
+    for journal in tmp_path.glob("privacy-journal-*.json"):
+        journal.unlink()
+    assert first.num_releases == 5
+    for at in (2, 4, 5, 8):
+        path = next(tmp_path.glob(f"*step={at}.ckpt"))
+        dp = ldp.DPStrategy(target_epsilon=2.0, target_delta=1e-3)
+        fit(module(), ldp.PublicPretraining(public(), patience=1, min_delta=99.0), data, 9, dp, ckpt_path=path)
+        assert (dp.num_releases, dp.noise_multiplier, dp.epsilon) == (5, first.noise_multiplier, first.epsilon), at
+        for journal in tmp_path.glob("privacy-journal-*.json"):
+            journal.unlink()
