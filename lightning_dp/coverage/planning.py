@@ -30,7 +30,6 @@ from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.forecasting.figure import ForecastFigure
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.strategies.measuring import Step, fastest_size
-from lightning_dp.strategies.planning import next_step
 from lightning_dp.strategies.preparing import Found, Prepared, find, prepare
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.stepping import Stepping
@@ -221,7 +220,7 @@ class _Rehearsal:
         plan.steps_per_batch = max(1, steps_per_draw)
         left = None
         if budget.planned_steps is not None:
-            left = max(0, budget.planned_steps - next_step(self._trainer))
+            left = max(0, budget.planned_steps - budget.step)  # public steps release nothing
         plan.steps = min((limit for limit in (left, budget.releases_left) if limit is not None), default=None)
         plan.epsilon = None if plan.steps is None else budget.epsilon_after(plan.steps)
         plan.forecast = forecast_of(run, left)

@@ -3,13 +3,16 @@
 import copy
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import lightning_dp as ldp
+from lightning_dp.strategies.mixing import Mixing, MixingSettings, Plateau
 from tests.models import Regression, clipped_mean, loader, parameters, trainer
 from tests.strategies.reference import assert_equal, network
 
@@ -252,11 +255,21 @@ def test_a_fit_that_stays_public_says_so(caplog):
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 
+HALF, PLATEAU, COSINE = {"switch": 0.5}, {"patience": 1, "min_delta": 5.0}, {"switch": 1.0, "mix": "cosine"}
+
+
 @pytest.mark.parametrize(
-    "settings", [{"switch": 0.5}, {"patience": 1, "min_delta": 5.0}, {"switch": 1.0, "mix": "cosine"}]
+    ("settings", "at", "shuffle"),
+    [
+        (HALF, 3, True),
+        (HALF, 6, False),
+        (PLATEAU, 5, True),
+        (COSINE, 5, True),
+        *(pytest.param(HALF, at, at == 1, marks=pytest.mark.slow) for at in (1, 4)),
+        *(pytest.param(PLATEAU, at, at > 5, marks=pytest.mark.slow) for at in (2, 3, 6, 7)),
+        pytest.param(COSINE, 1, True, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("at", [1, 3, 5, 7])
-@pytest.mark.parametrize("shuffle", [False, True])
 def test_a_resumed_run_goes_on_as_if_it_had_not_ended(settings, at, shuffle, tmp_path):
     """At noise 0, with two steps to an epoch and 3 batches to a pass of the public data."""
 
@@ -272,16 +285,17 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_ended(settings, at, shuffle, tmp
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
     whole, first = run(8, callbacks=[saves])
     path = next(tmp_path.glob(f"*step={at}.ckpt"))
-    releases = torch.load(path)["lightning_dp"]["ledger"]
+    segments = torch.load(path)["lightning_dp"]["ledger"]["segments"].values()
     for journal in tmp_path.glob("privacy-journal-*.json"):
         journal.unlink()
     again, second = run(8, ckpt_path=path)
     assert_equal(again, parameters(whole))
     assert first._steps.mixing.private_from == second._steps.mixing.private_from is not None
-    if at <= first._steps.mixing.private_from:
-        assert sum(torch.tensor(row["num_releases"]) for row in releases.get("releases", [])) == 0
+    released = sum(row["num_releases"] for rows in segments for row in rows)
+    assert released == max(0, at - first._steps.mixing.private_from)
 
 
+@pytest.mark.slow
 def test_resume_keeps_noise_and_budget(tmp_path):
     data = loader(n=N, batch_size=3, dtype=torch.float64)
     first = ldp.DPStrategy(target_epsilon=2.0, target_delta=1e-3)
@@ -297,3 +311,221 @@ def test_resume_keeps_noise_and_budget(tmp_path):
         assert (dp.num_releases, dp.noise_multiplier, dp.epsilon) == (5, first.noise_multiplier, first.epsilon), at
         for journal in tmp_path.glob("privacy-journal-*.json"):
             journal.unlink()
+
+
+# ---- what users give -------------------------------------------------------------------------------------------------
+
+
+class Data(pl.LightningDataModule):
+    """Private and public data, as a user would bring them."""
+
+    def train_dataloader(self):
+        return private()
+
+    def public_dataloader(self):
+        return public()
+
+
+class Brings(Regression):
+    """A module that brings public data itself."""
+
+    def public_dataloader(self):
+        return public()
+
+
+@pytest.mark.parametrize("way", ["argument", "function", "module", "datamodule"])
+def test_where_public_data_comes_from(way):
+    model = Brings(network(), lr=0.1) if way == "module" else module()
+    given = {"argument": public(), "function": public}.get(way)
+    expected = by_hand(model, [1.0] * 3 + [0.0] * 3)
+    fit(model, ldp.PublicPretraining(given, switch=0.5), Data() if way == "datamodule" else None)
+    assert_equal(model, expected)
+
+
+def test_a_stream_of_public_data():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(examples())
+
+    model = module()
+    expected = by_hand(model, [1.0] * 3 + [0.0] * 3, given=public(n=N, batch_size=3))
+    fit(model, ldp.PublicPretraining(DataLoader(Stream(), batch_size=3), switch=0.5))
+    assert_equal(model, expected)
+
+
+def test_a_public_batch_without_a_loss_moves_nothing():
+    class Skips(Regression):
+        def training_step(self, batch, batch_idx):
+            return None if self.trainer.global_step < 3 and self.skips else super().training_step(batch, batch_idx)
+
+    model = Skips(network(), lr=0.1)
+    model.skips = False  # for the look before the first step
+    expected = by_hand(module(), [0.0] * 3)
+
+    class Begins(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.skips = True
+
+    with pytest.warns(UserWarning, match="training_step. returned .None."):
+        fit(model, ldp.PublicPretraining(public(), switch=0.5), callbacks=[Begins()])
+    assert_equal(model, expected)
+
+
+def test_parameters_without_an_optimizer_are_constants_after_public_steps_too():
+    class Extra(Regression):
+        def __init__(self):
+            super().__init__(network(), lr=0.1)
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.mse_loss(self.scale * self.net(x), y)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    for settings in ({"switch": 0.5}, {"switch": 0.5, "mix": "cosine"}):
+        model, plain = Extra(), module()
+        plain.load_state_dict({k: v for k, v in model.state_dict().items() if k != "scale"})
+        fit(model, ldp.PublicPretraining(public(), **settings))
+        fit(plain, ldp.PublicPretraining(public(), **settings))
+        del model.scale
+        assert_equal(model, parameters(plain))
+
+
+def test_the_weight_is_logged_and_the_module_is_left_alone():
+    seen = []
+
+    class Watches(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(float(trainer.progress_bar_metrics.get("privacy/public_weight", -1)))
+
+    model = module()
+    fit(model, ldp.PublicPretraining(public(), switch=0.5), callbacks=[Watches()])
+    assert (seen[1], seen[-1]) == (1.0, 0.0)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def test_a_second_fit_goes_on_privately():
+    model, callback = module(), ldp.PublicPretraining(public(), switch=0.5)
+    made = fit(model, callback)
+    made.fit_loop.epoch_loop.max_steps = 8
+    made.fit(model, private())
+    assert (made.global_step, made.strategy.num_releases) == (8, 5)
+
+
+def test_a_plan_counts_private_steps_alone():
+    dp = ldp.DPStrategy(target_epsilon=2.0, target_delta=1e-3)
+    data = loader(n=N, batch_size=3, dtype=torch.float64)
+    planned = trainer(dp, max_steps=10, callbacks=[ldp.PublicPretraining(public(), switch=0.4)])
+    plan = ldp.plan(planned, module(), data, show=False)
+    assert not plan.is_refused
+    assert (plan.planned_steps, plan.steps) == (10, 6)
+    assert plan.epsilon == ldp.compute_epsilon(
+        noise_multiplier=plan.noise_multiplier, sample_rate=0.25, num_steps=6, delta=1e-3
+    )
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(match, callback, model=None, data=None, error=ldp.PrivacyConfigurationError, **settings):
+    with pytest.raises(error, match=match):
+        fit(model or module(), callback, data, **settings)
+
+
+def test_public_data_that_is_private_is_refused():
+    data = private()
+    refused("has examples of the private training data", ldp.PublicPretraining(data, switch=0.5), data=data)
+    base = examples()
+    both = [DataLoader(Subset(base, part), batch_size=2) for part in (range(5), range(4, N))]
+    message = r"has examples of the private training data \(TensorDataset, 1 of them\)"
+    refused(message, ldp.PublicPretraining(both[0], switch=0.5), data=both[1])
+    held = ldp.PublicPretraining(public(), public_val_dataloader=both[0])
+    refused(message, held, data=both[1])
+    marked = DataLoader(ldp.PrivateDataset(base), batch_size=2)
+    refused("is or holds a PrivateDataset", ldp.PublicPretraining(marked, switch=0.5))
+    nested = Subset(Subset(base, range(6)), [0, 1, 2]), Subset(base, [3, 4, 5, 6])
+    made = fit(
+        module(), ldp.PublicPretraining(DataLoader(nested[0], batch_size=3), switch=0.5), DataLoader(nested[1], 4)
+    )
+    assert made.strategy.num_releases == 3
+
+
+def test_fits_that_cannot_have_public_steps():
+    class Manual(Regression):
+        def __init__(self, net):
+            super().__init__(net)
+            self.automatic_optimization = False
+
+    callback = ldp.PublicPretraining(public(), switch=0.5)
+    strategy = ldp.DPStrategy(noise_multiplier=1.0)
+    refused("automatic_optimization=False: which of its optimizers", callback, Manual(network()), strategy=strategy)
+    strategy = ldp.DPStrategy(noise_multiplier=1.0, loss_reduction="sum")
+    refused("loss_reduction='sum': public gradients would be sums", callback, strategy=strategy)
+    refused("has no public data: expected PublicPretraining", ldp.PublicPretraining(switch=0.5))
+    refused("the public dataloader is a list: expected a torch", ldp.PublicPretraining([1], switch=0.5))
+    empty = DataLoader(examples(2), batch_size=4, drop_last=True)
+    refused("the public dataloader has no batch", ldp.PublicPretraining(empty, switch=0.5))
+    unbatched = DataLoader(examples(), batch_size=None)
+    refused("the public dataloader has.*batch_size=None", ldp.PublicPretraining(unbatched, switch=0.5, mix="sample"))
+    refused("switch=0.5 is a fraction of the steps, and the trainer has no limit", callback, steps=-1, max_epochs=-1)
+    refused("switch=0.9 of 2 steps gives 2 public steps", ldp.PublicPretraining(public(), switch=0.9), steps=2)
+    refused("switch=0.1 of 2 steps gives 0 public steps", ldp.PublicPretraining(public(), switch=0.1), steps=2)
+    with pytest.raises(ldp.PrivacyConfigurationError, match="expected a private strategy"):
+        trainer("auto", callbacks=[callback]).fit(module(), private())
+
+
+def test_what_private_steps_would_refuse_is_refused_before_public_ones():
+    class Coupled(Regression):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            z = self.net(x)
+            return F.mse_loss(z - z.mean(0), y)
+
+    data = Counted(private().dataset)
+    model = Coupled(network())
+    before = parameters(model)
+    callback = ldp.PublicPretraining(public(), switch=0.5)
+    refused("sample", callback, model, DataLoader(data, batch_size=4), error=ldp.UnsupportedModelError)
+    assert not data.reads
+    assert_equal(model, before, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"mix": "both"}, "mix='both': expected 'switch', 'cosine' or 'sample'"),
+        (
+            {"switch": 0},
+            "switch=0 with mix='switch': expected 'plateau' or a fraction of the steps above 0 and below 1",
+        ),
+        ({"switch": 1.0}, "switch=1.0 with mix='switch'"),
+        ({"switch": True}, "switch=True with mix='switch'"),
+        ({"switch": "later"}, "switch='later' with mix='switch'"),
+        ({"switch": 1.5, "mix": "cosine"}, "expected a fraction of the steps above 0 and of at most 1"),
+        ({"mix": "sample"}, "switch='plateau' with mix='sample'"),
+        ({"patience": 0}, "patience=0: expected an integer of at least 1"),
+        ({"check_every": 1.5}, "check_every=1.5: expected an integer of at least 1"),
+        ({"min_delta": -1}, "min_delta=-1: expected a number of at least 0"),
+    ],
+)
+def test_bad_arguments(settings, match):
+    with pytest.raises(ldp.PrivacyConfigurationError, match=match):
+        ldp.PublicPretraining(public(), **settings)
+
+
+@pytest.mark.parametrize("losses", [[3, 2, 1, 1, 1], [3, 2, 1, math.nan, 2], [1, 0.95, 0.93, 0.91, 0.9]])
+def test_plateau(losses):
+    plateau, reached = Plateau(patience=2, min_delta=0.1), []
+    for loss in losses:
+        plateau.note(loss)
+        reached.append(plateau.is_reached)
+    worse = [not loss < min(losses[:k], default=math.inf) - 0.1 for k, loss in enumerate(losses)]
+    assert reached == [k >= 1 and worse[k] and worse[k - 1] for k in range(len(losses))]
+
+
+def test_weights():
+    mixing = Mixing(MixingSettings("cosine", 0.5))
+    assert mixing.first_private(0, 8) == 1
+    assert [mixing.weight(t) for t in (0, 2, 4, 7)] == pytest.approx([1, 0.5, 0, 0])
