@@ -32,7 +32,9 @@ def private_only(seed: int) -> Fit:
 def public_then_private(seed: int) -> Fit:
     """Settings of configs/digits_public_private.yaml."""
     strategy = ldp.DPStrategy(target_epsilon=1.0, target_delta=1e-4)
-    return fit(seed, DigitsClassifier(lr=1.3), with_public(), strategy, 40, ldp.PublicPretraining(min_delta=0.01))
+    return fit(
+        seed, DigitsClassifier(lr=1.3), with_public(), strategy, 40, ldp.PublicPretraining(patience=5, min_delta=0.01)
+    )
 
 
 def public_only(seed: int) -> Fit:
@@ -90,7 +92,7 @@ def main() -> None:
         _, epsilon, steps = found[0]
         numbers = [f"{number:.3f}" for number in (mean(accuracies), min(accuracies), max(accuracies))]
         table.add_row(name, f"{epsilon:.3f}", str(steps), *numbers)
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         self._public: PublicSteps | None = None
         self._iterated: object = None
 
+    @property
+    def public(self) -> PublicSteps | None:
+        """The public part of the present fit, if it has one."""
+        return self._public
+
     def mix_public(self, public: PublicSteps | None) -> None:
         """Let the steps of the next fit be made of public data, too."""
         self._public = public

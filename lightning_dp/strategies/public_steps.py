@@ -121,6 +121,24 @@ class PublicSteps:
         self._loader = MixedLoader(run.loader, self._stream, weight=weight, before_private=before_private)
         return self._loader
 
+    def examples(self) -> PoissonLoader | None:
+        """Return what gives single public examples, by the user's ``collate_fn``; ``None`` if they have no index.
+
+        Nothing is ever drawn from it.
+        """
+        train = self._train
+        if train is None or isinstance(train.dataset, IterableDataset) or train.batch_size is None:
+            return None
+        return PoissonLoader(
+            train,
+            ExampleUnits(len(train.dataset)),  # type: ignore[arg-type]
+            sample_rate=lambda step: 1.0,
+            first_step=lambda: 0,
+            num_batches=0,
+            max_physical_batch_size=1,
+            random=SecretRandom(),
+        )
+
     @property
     def weight(self) -> float:
         """The weight of the public gradient in the last step."""
@@ -163,13 +181,11 @@ class PublicSteps:
             PrivacyError: If it cannot be trained privately.
         """
         assert run.loader is not None, "settled with the dataloader"
-        assert self._train is not None, "with the loader"
         self._run_step = run_step
-        begins = self.mixing.weight(next_step(module.trainer)) == 1
-        by_index = not isinstance(self._train.dataset, IterableDataset) and self._train.batch_size is not None
+        begins, examples = self.mixing.weight(next_step(module.trainer)) == 1, self.examples()
         alone = run.loader.units.examples_per_unit == 1  # examples of one user may influence each other
-        if begins and by_index and alone and run.settings.clipping_engine == "book":
-            found = find(module, run, run_step, put, _examples(self._train))
+        if begins and examples is not None and alone and run.settings.clipping_engine == "book":
+            found = find(module, run, run_step, put, examples)
             keeping = BookKeeping(found.trained, found.others)
             found.observer.observe(keeping, found.trained, check=run.settings.self_check)
 
@@ -273,16 +289,3 @@ def _check_trained(module: pl.LightningModule, run: PrivateRun) -> None:
             f"PublicPretraining with loss_reduction={run.settings.loss_reduction!r}: public gradients would be sums "
             "beside private means. Return the mean loss from training_step, with loss_reduction='mean'."
         )
-
-
-def _examples(loader: DataLoader[Any]) -> PoissonLoader:
-    """Return what gives single public examples, by the user's ``collate_fn``; nothing is ever drawn from it."""
-    return PoissonLoader(
-        loader,
-        ExampleUnits(len(loader.dataset)),  # type: ignore[arg-type]
-        sample_rate=lambda step: 1.0,
-        first_step=lambda: 0,
-        num_batches=0,
-        max_physical_batch_size=1,
-        random=SecretRandom(),
-    )
