@@ -32,11 +32,14 @@ def data(n=N, seed=3, batch_size=4):
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
 
 
-def planned(model, public, private=None, improvement=True, callbacks=None, **settings):
-    dp = ldp.DPStrategy(**{"target_epsilon": 2.0, "target_delta": 1e-3, "max_physical_batch_size": 3, **settings})
+def planned(model, public, private=None, improvement=True, callbacks=None, show=False, **settings):
+    settings = settings if "target_epsilon" in settings else {"noise_multiplier": 0, **settings}
+    dp = ldp.DPStrategy(max_physical_batch_size=3, **settings)
     callbacks = [ldp.PublicPretraining(public, switch=0.5)] if callbacks is None else callbacks
     fit = trainer(dp, max_steps=8, callbacks=callbacks)
-    return ldp.plan(fit, model, private or loader(n=40, batch_size=10, dtype=torch.float64), improvement=improvement)
+    return ldp.plan(
+        fit, model, private or loader(n=40, batch_size=10, dtype=torch.float64), improvement=improvement, show=show
+    )
 
 
 def explicit(model, public, max_grad_norm=1.0):
@@ -93,9 +96,9 @@ def test_the_two_traces_converge():
         singles=[lambda i=i: (x[i : i + 1], y[i : i + 1]) for i in range(N)],
         chunks=[(lambda: (x[:4], y[:4]), 4), (lambda: (x[4:], y[4:]), 6)],
     )
-    found = curvature(list(model.parameters()), examples, resolve_clipping("flat", 1.0), num_probes=1000)
+    found = curvature(list(model.parameters()), examples, resolve_clipping("flat", 1.0), num_probes=300)
     expected = explicit(model, public)
-    assert [found.covariance, found.trace] == pytest.approx(expected[2:4], rel=0.06)
+    assert [found.covariance, found.trace] == pytest.approx(expected[2:4], rel=0.1)
     assert [found.signal, found.along, found.clipping] == pytest.approx([*expected[:2], expected[4]], rel=1e-10)
 
 
@@ -148,7 +151,7 @@ def test_without_upward_curvature_there_is_no_best():
 
 
 def test_the_table_has_the_noise_of_every_batch_size(capsys):
-    found = planned(Logistic(), data())
+    found = planned(Logistic(), data(), show=True, target_epsilon=2.0, target_delta=1e-3)
     improvement = found.improvement
     noises = {option.batch_size: option.noise_multiplier for option in found.forecast.batches}
     assert {step.batch_size: step.noise_std for step in improvement.steps} == noises  # max_grad_norm is 1
@@ -159,7 +162,7 @@ def test_the_table_has_the_noise_of_every_batch_size(capsys):
 
 
 def test_given_noise_is_kept_for_all_batch_sizes():
-    found = planned(Logistic(), data(), target_epsilon=None, noise_multiplier=0).improvement
+    found = planned(Logistic(), data()).improvement
     assert [step.batch_size for step in found.steps] == [2.5, 5, 10, 20, 40]
     assert {step.decelerator for step in found.steps} == {0.0}
 

@@ -129,7 +129,7 @@ def _gradient(value: Tensor, parameters: Sequence[nn.Parameter], *, twice: bool 
 
 
 def _check_twice(slope: Tensor) -> None:
-    """Raise for a function that can be differentiated once: torch cuts the graph there, so that nothing would be said."""
+    """Raise for a function that can be differentiated only once, where torch cuts the graph and says nothing."""
     waiting, seen = [slope.grad_fn], set[Any]()
     while waiting:
         node = waiting.pop()

@@ -63,6 +63,8 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         """Let the steps of the next fit be made of public data, too."""
         self._public = public
         self._run.mixing = None if public is None else public.mixing
+        if public is not None:
+            self._run.public_mix = public.mixing.settings.mix
 
     # ---- before the first step ---------------------------------------------------------------------------------
 

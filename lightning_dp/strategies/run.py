@@ -67,6 +67,7 @@ class PrivateRun:
         self._noise, self._sampling = SecretRandom(), SecretRandom()
         self.statistics = PrivateStatistics() if settings.private_statistics else None
         self.mixing: Mixing | None = None  # set while a fit has public steps, too
+        self.public_mix = ""  # of such fits, earlier ones included
 
     @property
     def budget(self) -> PrivacyBudget:
@@ -283,6 +284,7 @@ class PrivateRun:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
             earlier = earlier_record(checkpoint[_CHECKPOINT_KEY])
             self.training = self.training or (earlier.training if earlier else None)
+            self.public_mix = self.public_mix or (earlier.public_mix if earlier else "")
             self._releases_per_draw = earlier.mechanism.releases_per_draw if earlier else 1
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)

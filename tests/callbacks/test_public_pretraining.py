@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import lightning_dp as ldp
 from lightning_dp.strategies.mixing import Mixing, MixingSettings, Plateau
+from tests.accounting import oracles
 from tests.models import Regression, clipped_mean, loader, parameters, trainer
 from tests.strategies.reference import assert_equal, network
 
@@ -424,6 +425,37 @@ def test_a_plan_counts_private_steps_alone():
     assert plan.epsilon == ldp.compute_epsilon(
         noise_multiplier=plan.noise_multiplier, sample_rate=0.25, num_steps=6, delta=1e-3
     )
+
+
+def test_a_schedule_counts_the_steps_of_the_run():
+    """Three public steps, then the stages go on from step 3."""
+    stages = (ldp.Stage(5, noise_factor=2.0), ldp.Stage(4, batch_size_factor=0.5))
+    dp = ldp.DPStrategy(target_epsilon=4.0, target_delta=1e-3, schedule=stages)
+    fit(module(), ldp.PublicPretraining(public(), switch=0.25), loader(dtype=torch.float64), 12, dp)
+    found = [(p.sample_rate, p.num_releases, p.noise_multiplier) for p in dp._run.ledger.phases]
+    base = dp._run.schedule.base.noise_multiplier
+    assert found == [(0.25, 2, pytest.approx(2 * base)), (0.125, 7, pytest.approx(base))]
+    assert oracles.pld_epsilon([(q, z, n) for q, n, z in found], 1e-3) <= dp.epsilon <= 4.0
+    assert dp.epsilon > 0.99 * 4.0
+
+
+def test_the_report_says_that_public_data_is_not_protected(tmp_path):
+    report = ldp.PrivacyReport()
+    made = fit(
+        module(),
+        ldp.PublicPretraining(public(), switch=0.5),
+        strategy=ldp.DPStrategy(noise_multiplier=1.0),
+        callbacks=[report],
+    )
+    limits = {limit.subject: limit.text for limit in report.report(made).not_covered}
+    assert "declared public, too (PublicPretraining, mix='switch')" in limits["public data"]
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    again = trainer(ldp.DPStrategy(noise_multiplier=1.0), max_steps=7)
+    again.fit(module(), private(), ckpt_path=tmp_path / "a.ckpt")
+    assert again.strategy.record().public_mix == "switch"
+    plain = trainer(max_steps=1)
+    plain.fit(module(), private())
+    assert plain.strategy.record().public_mix == ""
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
