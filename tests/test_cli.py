@@ -11,6 +11,7 @@ import yaml
 
 import lightning_dp as ldp
 from lightning_dp.cli import DPLightningCLI
+from lightning_dp.demos.digits import DigitsDataModule
 from lightning_dp.strategies import DPStrategy
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -126,3 +127,23 @@ def test_public_data_from_the_command_line():
         *QUIET,
     )
     assert (cli.trainer.global_step, cli.trainer.strategy.num_releases) == (4, 2)
+
+
+def some_public_data():
+    data = DigitsDataModule(public_share=0.1)
+    data.setup("fit")
+    return data.public_dataloader()
+
+
+def test_public_data_from_a_function_that_is_named():
+    cli = command_line(
+        "fit",
+        "--model=lightning_dp.demos.digits.DigitsClassifier",
+        "--data=lightning_dp.demos.digits.DigitsDataModule",
+        "--trainer.callbacks+={class_path: lightning_dp.PublicPretraining, "
+        "init_args: {switch: 0.5, public_dataloader: tests.test_cli.some_public_data}}",
+        "--trainer.max_steps=2",
+        "--trainer.strategy.target_epsilon=1",
+        *QUIET,
+    )
+    assert (cli.trainer.global_step, cli.trainer.strategy.num_releases) == (2, 1)

@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.callbacks.strategy import private_strategy
 from lightning_dp.errors import PrivacyConfigurationError
-from lightning_dp.strategies.mixing import Mixing, MixingSettings
+from lightning_dp.strategies.mixing import PLATEAU, Mixing, MixingSettings
 from lightning_dp.strategies.public_steps import PublicData, PublicSteps
 
 _log = logging.getLogger("lightning_dp")
 
 _REFRESH = 1.0  # seconds between two values for the progress bar
 
-PublicLoader = DataLoader[Any] | Callable[[], DataLoader[Any]]
+PublicLoader = DataLoader[Any] | Callable[[], Any]
 
 
 class PublicPretraining(pl.Callback):
@@ -81,6 +81,11 @@ class PublicPretraining(pl.Callback):
         super().__init__()
         self._given, self._given_val = public_dataloader, public_val_dataloader
         self._settings = MixingSettings(mix, switch, patience, min_delta, check_every)
+        if public_val_dataloader is not None and switch != PLATEAU:
+            raise PrivacyConfigurationError(
+                f"public_val_dataloader with switch={switch!r}: held-out data is looked at for a plateau only. Use "
+                "switch='plateau', or leave it out."
+            )
         self._steps = self._new_steps()
         self._logged = (0.0, -1.0)
 
@@ -97,18 +102,7 @@ class PublicPretraining(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how the run begins."""
-        mix, switch, private_from = self._settings.mix, self._settings.switch, self._steps.mixing.private_from
-        if private_from is not None:
-            rank_zero_info(f"Privacy: the public phase has ended before, after {private_from} steps.")
-        elif mix == "switch":
-            end = (
-                "until the public loss stops improving" if isinstance(switch, str) else f"for {switch:.0%} of the steps"
-            )
-            rank_zero_info(f"Privacy: public steps {end}; they spend nothing.")
-        else:
-            rank_zero_info(
-                f"Privacy: public and private gradients are mixed (mix={mix!r}) for {switch:.0%} of the steps."
-            )
+        rank_zero_info(f"Public data: {self._steps.mixing.sentence}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

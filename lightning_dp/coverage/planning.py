@@ -256,6 +256,7 @@ class _Rehearsal:
         plan.steps = min((limit for limit in (left, budget.releases_left) if limit is not None), default=None)
         plan.epsilon = None if plan.steps is None else budget.epsilon_after(plan.steps)
         plan.forecast = forecast_of(run, left)
+        plan.public_steps = run.mixing.sentence if run.mixing is not None else ""
 
     def _bench(self, found: Found) -> Bench:
         loader = self._run.loader

@@ -124,6 +124,8 @@ def _looks(row: Covered) -> tuple[object, ...]:
 
 
 def _sentences(plan: Plan) -> Iterator[str]:
+    if plan.public_steps:
+        yield plan.public_steps
     if plan.physical_batch:
         yield plan.physical_batch
     if plan.coverage is not None and any(row.seconds is not None for row in plan.coverage.covered):

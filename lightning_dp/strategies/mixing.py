@@ -118,6 +118,20 @@ class Mixing:
         """Whether it is known when private gradients begin."""
         return self.settings.switch != PLATEAU or self.private_from is not None
 
+    @property
+    def sentence(self) -> str:
+        """What public data does in the run, once the number of steps is known."""
+        if self.private_from is not None:
+            return f"The public phase has ended before, after {self.private_from} steps."
+        if self.settings.mix != "switch":
+            return f"Public and private gradients are mixed (mix={self.settings.mix!r}) in the first {self._end} steps."
+        if self._end is not None:
+            return f"The first {self._end} steps are public; they spend nothing."
+        return (
+            "The first steps are public, until the public loss stops improving; they spend nothing. Calibrated noise "
+            "is until then that of the most private steps there can be, and then that of those which are left."
+        )
+
     def first_private(self, step: int, planned: int | None) -> int:
         """Return the number of the first step with a private gradient, from ``step`` on.
 

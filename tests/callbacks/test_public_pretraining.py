@@ -422,6 +422,7 @@ def test_a_plan_counts_private_steps_alone():
     plan = ldp.plan(planned, module(), data, show=False)
     assert not plan.is_refused
     assert (plan.planned_steps, plan.steps) == (10, 6)
+    assert plan.public_steps == "The first 4 steps are public; they spend nothing."
     assert plan.epsilon == ldp.compute_epsilon(
         noise_multiplier=plan.noise_multiplier, sample_rate=0.25, num_steps=6, delta=1e-3
     )
@@ -538,6 +539,7 @@ def test_what_private_steps_would_refuse_is_refused_before_public_ones():
         ({"switch": 1.5, "mix": "cosine"}, "expected a fraction of the steps above 0 and of at most 1"),
         ({"mix": "sample"}, "switch='plateau' with mix='sample'"),
         ({"patience": 0}, "patience=0: expected an integer of at least 1"),
+        ({"switch": 0.5, "public_val_dataloader": public()}, "public_val_dataloader with switch=0.5: held-out data is"),
         ({"check_every": 1.5}, "check_every=1.5: expected an integer of at least 1"),
         ({"min_delta": -1}, "min_delta=-1: expected a number of at least 0"),
     ],
