@@ -314,6 +314,38 @@ def test_resume_keeps_noise_and_budget(tmp_path):
             journal.unlink()
 
 
+def test_an_older_checkpoint_of_the_public_phase_forgets_no_release(tmp_path):
+    """The run ends after four private steps; who begins again before them has spent their epsilon already."""
+
+    class Ends(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.strategy.num_releases == 4
+
+    def settings():
+        return {
+            "data": loader(n=N, batch_size=3, dtype=torch.float64),
+            "steps": 12,
+            "strategy": ldp.DPStrategy(target_epsilon=2.0, target_delta=1e-3),
+        }
+
+    def callback():
+        return ldp.PublicPretraining(public(), patience=1, min_delta=99.0)
+
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    first = fit(module(), callback(), callbacks=[saves, Ends()], **settings())
+    assert (first.strategy.num_releases, first.global_step) == (4, 8)
+    again = fit(
+        module(),
+        callback(),
+        ckpt_path=next(tmp_path.glob("*step=2.ckpt")),
+        callbacks=[ldp.PrivacyBudgetStopping()],
+        **settings(),
+    )
+    kinds = [(p.sample_rate, p.noise_multiplier, p.num_releases) for p in again.strategy._run.ledger.phases]
+    assert sum(count for *_, count in kinds) > 4
+    assert oracles.pld_epsilon(kinds, 1e-3) <= again.strategy.epsilon <= 2.0
+
+
 # ---- what users give -------------------------------------------------------------------------------------------------
 
 
