@@ -2,7 +2,13 @@
 
 from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon, max_steps
 from lightning_dp.bookkeeping import register_rule
-from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor, PrivacyReport
+from lightning_dp.callbacks import (
+    BiasOnlyFinetuning,
+    PrivacyBudgetStopping,
+    PrivacyMonitor,
+    PrivacyReport,
+    PublicPretraining,
+)
 from lightning_dp.clipping import (
     AdaptiveClipping,
     AutomaticClipping,
@@ -47,6 +53,7 @@ __all__ = [
     "PrivacyMonitor",
     "PrivacyReport",
     "PrivateDataset",
+    "PublicPretraining",
     "Stage",
     "UnsupportedModelError",
     "add_missing_biases",

@@ -25,6 +25,7 @@ from lightning_dp.summary import print_summary
 _DESCRIPTION = "Shows what a fit would do to every parameter and to its budget, and trains nothing.\n"
 _PLOT_ARGUMENT = """Args:
             plot: A file that the budget is drawn into, such as plan.png.
+            improvement: true: also estimate on public data what a step improves, by batch size; or a .json or .md file.
 
 """
 
@@ -100,11 +101,15 @@ def _with_plan(trainer_class: Any) -> type:
 
 
 def _with_plot(signature: inspect.Signature) -> inspect.Signature:
-    """Return a signature with a further argument ``plot``, before ``**kwargs`` if there are any."""
+    """Return a signature with the further arguments of a plan, before ``**kwargs`` if there are any."""
     parameters = list(signature.parameters.values())
     at = sum(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    plot = inspect.Parameter("plot", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
-    return signature.replace(parameters=[*parameters[:at], plot, *parameters[at:]])
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter("plot", keyword, default=None, annotation=str | None),
+        inspect.Parameter("improvement", keyword, default=False, annotation=bool | str),
+    ]
+    return signature.replace(parameters=[*parameters[:at], *own, *parameters[at:]])
 
 
 def run_lightning(commands: str = "") -> None:

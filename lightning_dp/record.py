@@ -159,6 +159,7 @@ class Record:
         recorded: When, in UTC.
         versions: Of the libraries, by name.
         version: Of this form.
+        public_mix: How steps were made on public data, too: the ``mix`` of `PublicPretraining`; empty if none were.
     """
 
     mechanism: MechanismRecord
@@ -169,6 +170,7 @@ class Record:
     recorded: str
     versions: dict[str, str]
     version: int = VERSION
+    public_mix: str = ""
 
 
 @dataclass(frozen=True)

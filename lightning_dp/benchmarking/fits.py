@@ -25,7 +25,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import BatchSampler, RandomSampler
 
 from lightning_dp.benchmarking.baton import Baton, Facts
-from lightning_dp.callbacks import BiasOnlyFinetuning, PrivacyBudgetStopping, PrivacyMonitor, PrivacyReport
+from lightning_dp.callbacks import (
+    BiasOnlyFinetuning,
+    PrivacyBudgetStopping,
+    PrivacyMonitor,
+    PrivacyReport,
+    PublicPretraining,
+)
 from lightning_dp.data import Drawn, PhysicalBatch, PoissonLoader, check_dataloader
 from lightning_dp.data.poisson import _with_batches
 from lightning_dp.strategies import DPStrategy
@@ -35,6 +41,7 @@ _LEFT_OUT = (
     *(EarlyStopping, Timer),  # they end a fit
     *(LearningRateMonitor, DeviceStatsMonitor),  # they need a logger
     BiasOnlyFinetuning,  # a row has it or not
+    PublicPretraining,  # its steps are ordinary ones
 )
 _OF_PRIVATE_FITS = (PrivacyMonitor, PrivacyBudgetStopping)
 _AMPLE = 10  # a training step under manual optimization may make several of the steps that are counted

@@ -22,16 +22,18 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_dp.bookkeeping import Keeping
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.coverage.ahead import forecast_of
+from lightning_dp.coverage.improving import improvement_of
 from lightning_dp.coverage.observing import Bench, loop_coverage, observe_coverage
 from lightning_dp.coverage.report import Plan
 from lightning_dp.coverage.table import print_plan
 from lightning_dp.coverage.timing import time_ratio
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.forecasting.figure import ForecastFigure
+from lightning_dp.forecasting.improvement import check_ending, write_improvement
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.strategies.measuring import Step, fastest_size
-from lightning_dp.strategies.planning import next_step
 from lightning_dp.strategies.preparing import Found, Prepared, find, prepare
+from lightning_dp.strategies.public_steps import PublicSteps
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.stepping import Stepping
 from lightning_dp.strategies.trials import AutomaticTrial, ManualTrial
@@ -50,6 +52,7 @@ def plan(
     *args: Any,
     show: bool = True,
     plot: str | Path | None = None,
+    improvement: bool | str = False,
     **kwargs: Any,
 ) -> Plan:
     """Show and return what ``trainer.fit`` with the same arguments would do to parameters and budget, without training.
@@ -69,11 +72,13 @@ def plan(
         show: Whether to print the plan.
         plot: A file that the budget is drawn into, such as ``plan.png``; it is not written if a fit is refused before
             its budget is known.
+        improvement: Whether to estimate on public data what a step improves, for several batch sizes; or a file for
+            that table, too, that ends in ``.json`` or ``.md``.
         **kwargs: As for ``trainer.fit``.
 
     Raises:
-        PrivacyConfigurationError: If the trainer has another strategy, or a plot cannot be drawn. What a fit would
-            refuse is in the plan.
+        PrivacyConfigurationError: If the trainer has another strategy, or a plot or an improvement cannot be had. What
+            a fit would refuse is in the plan.
 
     Example:
         >>> plan(trainer, model, train_dataloader)  # doctest: +SKIP
@@ -85,11 +90,19 @@ def plan(
             "DPStrategy(...)); of any other fit there is nothing to say here."
         )
     figure = None if plot is None else ForecastFigure(plot)
+    file = check_ending(improvement) if isinstance(improvement, str) else None
     rehearsed: list[bool] = []
+    not_improved: list[PrivacyError] = []
 
     def rehearse(*parts: Any) -> None:
         rehearsed.append(True)
-        _Rehearsal(found, trainer, model, *parts).run()
+        rehearsal = _Rehearsal(found, trainer, model, *parts)
+        rehearsal.run()
+        if improvement and not found.is_refused:
+            try:
+                rehearsal.improve(strategy.public)
+            except PrivacyError as error:
+                not_improved.append(error)
         raise _TunerExitException  # ends a fit without any hook but teardown, as Lightning's own tuner does
 
     with _nothing_written(trainer), strategy.rehearsing(rehearse):
@@ -97,6 +110,8 @@ def plan(
             trainer.fit(model, *args, **kwargs)
         except PrivacyError as error:
             found.errors.append(str(error))
+    if not_improved:
+        raise not_improved[0]
     if not rehearsed:
         _count(found, model, [])
         found.errors = found.errors or [_NO_STEP]
@@ -104,6 +119,8 @@ def plan(
         print_plan(found)
     if figure is not None and found.forecast is not None:
         figure.save(found.forecast)
+    if file is not None and found.improvement is not None:
+        write_improvement(found.improvement, file)
     return found
 
 
@@ -171,6 +188,7 @@ class _Rehearsal:
         self._plan, self._trainer, self._module, self._run = plan, trainer, module, run
         self._moved, self._put = moved, put
         self._prepared: Prepared | None = None
+        self._found: Found | None = None
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self._step: Callable[..., Any] = lambda batch, at=0: step(batch, at) if takes_index else step(batch)
         self._is_loop = run.settings.clipping_engine == "loop" and module.automatic_optimization
@@ -186,7 +204,20 @@ class _Rehearsal:
             plan.public = tuple(name for name, p in self._module.named_parameters() if id(p) in held)
             self._find_size()
             self._model(self._bench(found[0]))
+            self._found = found[0]
         self._settings(len(found[0].steps) if found else 1)
+
+    def improve(self, public: PublicSteps | None) -> None:
+        """Find out what steps improve.
+
+        Args:
+            public: The public part of the fit, if it has one.
+
+        Raises:
+            PrivacyError: If that cannot be found out.
+        """
+        assert self._found is not None, "otherwise the fit is refused"
+        self._plan.improvement = improvement_of(self._module, self._run, public, self._found, self._plan.forecast)
 
     def _run_step(self, batch: Any, batch_idx: int = 0) -> Any:
         return self._step(self._moved(batch), batch_idx)
@@ -224,10 +255,11 @@ class _Rehearsal:
         plan.steps_per_batch = max(1, steps_per_draw)
         left = None
         if budget.planned_steps is not None:
-            left = max(0, budget.planned_steps - next_step(self._trainer))
+            left = max(0, budget.planned_steps - budget.step)  # public steps release nothing
         plan.steps = min((limit for limit in (left, budget.releases_left) if limit is not None), default=None)
         plan.epsilon = None if plan.steps is None else budget.epsilon_after(plan.steps)
         plan.forecast = forecast_of(run, left)
+        plan.public_steps = run.mixing.sentence if run.mixing is not None else ""
 
     def _bench(self, found: Found) -> Bench:
         loader = self._run.loader

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lightning_dp.bookkeeping.noting import Refusal
 from lightning_dp.forecasting import Forecast
+from lightning_dp.forecasting.improvement import Improvement
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Plan:
             ``timed_samples`` samples; ``None`` if it was not measured.
         timed_samples: How many samples were timed and weighed.
         forecast: The budget as data, its tables computed when they are asked for; ``None`` also without noise.
+        public_steps: What public data does in the fit, in a sentence; empty if there is none.
+        improvement: What a step improves, by batch size, estimated on public data; ``None`` unless it was asked for.
         errors: Why the fit is refused, apart from ``coverage.refused``; empty if it is not.
     """
 
@@ -114,6 +117,8 @@ class Plan:
     time_ratio: float | None = None
     timed_samples: int = 0
     forecast: Forecast | None = None
+    public_steps: str = ""
+    improvement: Improvement | None = None
     errors: list[str] = field(default_factory=list)
 
     @property

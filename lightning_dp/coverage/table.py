@@ -16,7 +16,7 @@ from rich.text import Text
 from lightning_dp.bookkeeping.noting import Refusal
 from lightning_dp.coverage.names import collapsed
 from lightning_dp.coverage.report import Coverage, Covered, Plan
-from lightning_dp.forecasting.tables import new_console, print_budget
+from lightning_dp.forecasting.tables import new_console, print_budget, print_improvement
 
 _NAME_WIDTH = 32
 
@@ -35,6 +35,8 @@ def print_plan(plan: Plan) -> None:
         console.print(Text(sentence))
     if plan.forecast is not None:
         print_budget(plan.forecast, console)
+    if plan.improvement is not None:
+        print_improvement(plan.improvement, console)
     for refusal in plan.coverage.refused if plan.coverage is not None else ():
         console.print(Panel(Text(refusal.reason), title=Text(_title(refusal)), title_align="left"))
     for error in plan.errors:
@@ -125,6 +127,8 @@ def _looks(row: Covered) -> tuple[object, ...]:
 
 
 def _sentences(plan: Plan) -> Iterator[str]:
+    if plan.public_steps:
+        yield plan.public_steps
     if plan.physical_batch:
         yield plan.physical_batch
     if plan.coverage is not None and any(row.seconds is not None for row in plan.coverage.covered):

@@ -82,7 +82,7 @@ class PrivateDataset(Dataset[T]):
         self._check_length()
         if partition is not None and (not isinstance(partition, str) or not partition):
             raise PrivacyConfigurationError(f"partition={partition!r}: expected a name, or None.")
-        if _holds_private(dataset):
+        if holds_private(dataset):
             raise PrivacyConfigurationError(
                 f"PrivateDataset around a {type(dataset).__name__} that has another PrivateDataset in it: which of "
                 "them holds is not known. Give all arguments to one, and wrap the dataset without it."
@@ -138,7 +138,7 @@ def units_of(dataset: Dataset[Any]) -> Units:
         _check_distinct(at % len(inner))  # type: ignore[arg-type]
     if isinstance(inner, PrivateDataset):
         return inner.units(at)
-    if _holds_private(inner):
+    if holds_private(inner):
         raise PrivacyConfigurationError(
             f"the train dataset is a {type(inner).__name__} with a PrivateDataset inside: which user an example then "
             f"belongs to is not known. {_OUTERMOST}"
@@ -203,7 +203,7 @@ def _numbered(ids: Iterable[Hashable]) -> NDArray[np.int64]:
     return np.fromiter((numbers.setdefault(user, len(numbers)) for user in ids), np.int64)
 
 
-def _holds_private(dataset: object) -> bool:
+def holds_private(dataset: object) -> bool:
     """Whether a `PrivateDataset` is in an attribute of a dataset, or of one that it has, alone or among others."""
     seen: set[int] = set()
     waiting = [dataset]

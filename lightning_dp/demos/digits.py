@@ -32,22 +32,34 @@ class DigitsDataModule(pl.LightningDataModule):
 
     Args:
         batch_size: Expected size of a logical batch.
+        public_share: The share of the training examples that count as public, for `PublicPretraining`.
+        public_batch_size: Size of a public batch.
     """
 
-    def __init__(self, batch_size: int = 719) -> None:
+    def __init__(self, batch_size: int = 719, public_share: float = 0.0, public_batch_size: int = 72) -> None:
         super().__init__()
-        self.batch_size = batch_size
+        self.batch_size, self.public_share, self.public_batch_size = batch_size, public_share, public_batch_size
 
     def setup(self, stage: str) -> None:
         """Split, always the same way."""
         digits = load_digits()
         parts = train_test_split(digits.data / 16, digits.target, test_size=360, random_state=0, stratify=digits.target)
         x_train, x_test, y_train, y_test = parts
-        self.train, self.held_out = Digits(x_train, y_train), Digits(x_test, y_test)
+        self.held_out = Digits(x_test, y_test)
+        count = round(self.public_share * len(y_train))
+        if count:
+            parts = train_test_split(x_train, y_train, test_size=count, random_state=0, stratify=y_train)
+            x_train, x_public, y_train, y_public = parts
+            self.public = Digits(x_public, y_public)
+        self.train = Digits(x_train, y_train)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Examples to train on."""
         return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)
+
+    def public_dataloader(self) -> DataLoader[Any] | None:
+        """Examples that may be known to everybody; none unless there is a ``public_share``."""
+        return DataLoader(self.public, batch_size=self.public_batch_size, shuffle=True) if self.public_share else None
 
     def test_dataloader(self) -> DataLoader[Any]:
         """All held-out examples, in one batch."""

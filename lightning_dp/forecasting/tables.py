@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_dp.accounting import MAX_RELEASES
+from lightning_dp.forecasting.improvement import Improvement, sentence_of, table_of
 from lightning_dp.forecasting.result import BatchOption, Forecast
 
 _WIDTH = 100
@@ -75,6 +76,22 @@ def print_budget(forecast: Forecast, console: Console) -> None:
         console.print(Text("Noise and batch size were settled by the releases made before: no other is shown."))
     elif forecast.after is not None:
         console.print(Text("Noise and batch size follow a schedule: no other is shown."))
+
+
+def print_improvement(improvement: Improvement, console: Console) -> None:
+    """Print what steps improve, by batch size.
+
+    Args:
+        improvement: What to print.
+        console: Where to.
+    """
+    names, *rows = table_of(improvement)
+    table = _table("What a private step improves, by batch size", *(name.replace(" ", "\n", 1) for name in names))
+    for step, cells in zip(improvement.steps, rows, strict=True):
+        here = step.batch_size == improvement.planned.batch_size
+        table.add_row(*cells, "planned" if here else "", style="bold" if here else None)
+    _print(console, table)
+    console.print(Text(sentence_of(improvement)))
 
 
 def _settings(forecast: Forecast) -> Iterator[tuple[str, str]]:

@@ -46,6 +46,13 @@ def _from_facts(record: Record, seen: Watched | None) -> Iterator[Limit]:
             "epsilon: whoever sees them, the figure and the history of this report included, learns about the "
             "training data.",
         )
+    if record.public_mix:
+        yield Limit(
+            "public data",
+            f"Steps were made on data that was declared public, too (PublicPretraining, mix={record.public_mix!r}), "
+            "without clipping and noise. Its examples are not protected; if one is private nevertheless, or tells of "
+            "somebody in the private data, epsilon does not cover that.",
+        )
     yield Limit(
         "training metrics",
         "Values that were logged while training, such as the training loss, have no noise and are not in epsilon; so "

@@ -29,6 +29,7 @@ from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.measuring import Step, fastest_size
 from lightning_dp.strategies.preparing import Prepared, look_again, prepare
+from lightning_dp.strategies.public_steps import PublicStepping, PublicSteps
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.status import PrivacyStatus
@@ -50,6 +51,20 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         self._sized: tuple[Prepared, int] | None = None
         self._stepping: Stepping = Unprepared()
         self._rehearsal: Rehearsal | None = None
+        self._public: PublicSteps | None = None
+        self._iterated: object = None
+
+    @property
+    def public(self) -> PublicSteps | None:
+        """The public part of the present fit, if it has one."""
+        return self._public
+
+    def mix_public(self, public: PublicSteps | None) -> None:
+        """Let the steps of the next fit be made of public data, too."""
+        self._public = public
+        self._run.mixing = None if public is None else public.mixing
+        if public is not None:
+            self._run.public_mix = public.mixing.settings.mix
 
     # ---- before the first step ---------------------------------------------------------------------------------
 
@@ -63,12 +78,15 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
             self._forget()
         loader = self._run.plan(dataloader, trainer, self.world_size)
         loader.before_epoch = self._settle_size
-        return loader
+        public, run = self._public, self._run
+        begin = partial(public.begin_private, trainer, run) if public else None
+        self._iterated = loader if public is None or begin is None else public.loader(trainer, run, begin)
+        return self._iterated
 
     def on_train_start(self) -> None:
         """Check that the loader whose draws are accounted is the one that Lightning iterates."""
         super().on_train_start()
-        if self._module.trainer.train_dataloader is not self._run.loader:
+        if self._module.trainer.train_dataloader is not self._iterated:
             raise PrivacyConfigurationError(
                 f"the train dataloader is a {type(self._module.trainer.train_dataloader).__name__} of several: "
                 "expected one DataLoader. Training on several datasets at once is not accounted for."
@@ -76,6 +94,8 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         self._forget()
         if self._rehearsal is not None:
             self._rehearsal(self._run, self._moved, partial(Strategy.training_step, self), self._put)
+        if self._public is not None:
+            self._public.look(self._module, self._run, self._with_transfer(self._free_step), self._put)
 
     @contextmanager
     def rehearsing(self, rehearsal: Rehearsal) -> Iterator[None]:
@@ -92,6 +112,8 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         """Run all physical batches of a logical batch; the backward pass of the last one is left to Lightning."""
         batch, *rest = args
         assert self._run.loader is not None, "fit sets up the loader before its first step"
+        if self._public is not None and self._public.is_alone:
+            return self._public_step(self._public, *args, **kwargs)
         delivered, others = self._run.loader.take()
         self.budget.check_next(delivered.step)
         if not self._module.automatic_optimization:
@@ -102,6 +124,8 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
             return Strategy.training_step(self, data, *arguments[: len(rest)], **kwargs)
 
         prepared = self._begin(delivered, run_step)
+        if self._public is not None:
+            self._public.run_beside(self._module, partial(self._run_public, run_step))
         for other in others:
             moved = PhysicalBatch(self._moved(other.data), other.num_rows, other.num_real)
             loss = checks.loss_of(self._forward(prepared, moved, run_step))
@@ -137,7 +161,10 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
             with self._stepping.recording():
                 result = closure()
             # Only now: under automatic optimization the training step, which may prepare another, is in the closure.
-            return self._stepping.release(optimizer, result)
+            result = self._stepping.release(optimizer, result)
+            if self._public is not None:
+                self._public.blend(optimizer, self._stepping.noise_std)
+            return result
 
         if self._stepping.is_trial:
             return private_closure()
@@ -156,8 +183,27 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         prepared = self._prepared
         if prepared is None or not prepared.holds_for(self._module):
             prepared = prepare(self._module, self._run, self._with_transfer(run_step), self._put)
-            self._prepared, self._stepping = prepared, prepared.stepping
+            self._prepared = prepared
+        self._stepping = prepared.stepping  # after public steps it is another one
         return prepared
+
+    def _public_step(self, public: PublicSteps, *args: Any, **kwargs: Any) -> Any:
+        """Run the training step as without privacy, on a batch of the public dataloader."""
+        self._put(PublicStepping(done=lambda: self._put(Unprepared())))
+        output = Strategy.training_step(self, *args, **kwargs)
+        public.note(output)
+        return output
+
+    def _run_public(self, run_step: Callable[..., Any], data: Any) -> None:
+        """Run the training step as without privacy on another batch, forward and backward."""
+        batch, before = self._moved(data), self._put(PublicStepping())
+        self._log_batch(batch)
+        try:
+            loss = checks.loss_of(run_step(batch))
+            if loss is not None:
+                self.backward(loss, self.optimizers[0])
+        finally:
+            self._put(before)
 
     def _settle_size(self) -> None:
         """Find the fastest physical batch size, where it is asked for, before anything of an epoch is drawn.
@@ -170,17 +216,24 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
             return
         assert loader is not None, "it is the one that begins an epoch"
         self._run.budget.check_next()
-        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-
-        def run_step(data: Any, batch_idx: int | None = None) -> Any:
-            return Strategy.training_step(self, data, *([batch_idx or 0] if takes_index else []))
-
+        run_step = self._free_step
         prepared = self._prepare(run_step)
         if self._sized is None or self._sized[0] is not prepared:
             choice = fastest_size(prepared, Step(self._run, module, self._moved, run_step, self._put))
             rank_zero_info(choice.sentence(loader.units.unit))
             self._sized = prepared, choice.size
         loader.max_physical_batch_size = self._sized[1]
+
+    def _free_step(self, data: Any, batch_idx: int | None = None) -> Any:
+        """Run the training step on a batch that Lightning did not fetch."""
+        takes_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
+        return Strategy.training_step(self, data, *([batch_idx or 0] if takes_index else []))
+
+    def _log_batch(self, batch: Any) -> None:
+        """Do what Lightning does for the batches that it fetches itself: logged values have their weight."""
+        results = self._module.trainer._results
+        if results is not None:
+            results.batch, results.batch_size = batch, None
 
     def _forward(self, prepared: Prepared, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
         """Run the training step on a physical batch; if it takes a branch that no step before took, look at that."""
@@ -198,9 +251,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
 
     def _recorded(self, keeping: Keeping, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
         self._stepping.begin(batch.num_real)
-        results = self._module.trainer._results
-        if results is not None:  # what Lightning does for the batches it fetches itself
-            results.batch, results.batch_size = batch.data, None
+        self._log_batch(batch.data)
         try:
             with self._stepping.running(batch.data), keeping.recording(batch.num_rows):
                 return run_step(batch.data)
@@ -244,6 +295,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         """Leave nothing on the module, and the exact number of releases on disk; also after an exception."""
         self._forget()
         self._run.close()
+        self.mix_public(None)
         super().teardown()
 
     @property

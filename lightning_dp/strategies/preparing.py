@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
+from lightning_dp.data import PoissonLoader
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.manual import ManualStepping
 from lightning_dp.strategies.observing import Observer
@@ -141,21 +142,30 @@ def find(
     run: PrivateRun,
     run_step: Callable[[Any], Any],
     put: Callable[[Stepping], Stepping],
+    examples: PoissonLoader | None = None,
 ) -> Found:
     """Find out what a training step trains; arguments as for `prepare`.
+
+    Args:
+        module: The user's module.
+        run: Gives the samples, unless ``examples`` does.
+        run_step: The training step.
+        put: Puts a `Stepping` behind the hooks of the strategy.
+        examples: Gives other samples than those of the training data.
 
     Raises:
         PrivacyError: If that cannot be trained privately.
     """
     mean_loss = run.settings.loss_reduction == "mean"
-    assert run.loader is not None, "settled with the dataloader"
+    loader = run.loader if examples is None else examples  # an empty loader is false
+    assert loader is not None, "settled with the dataloader"
     run.settings.resolved_clipping().check_names(name for name, _ in module.named_parameters())
     if module.automatic_optimization:
         trial = AutomaticTrial(module, run_step)
         trained, others = _checked_parameters(module)
-        return Found(trial, Observer(module, run.loader, trial, mean_loss=mean_loss), trained, others)
+        return Found(trial, Observer(module, loader, trial, mean_loss=mean_loss), trained, others)
     manual = ManualTrial(module, run_step, put)
-    observer = Observer(module, run.loader, manual, mean_loss=mean_loss)
+    observer = Observer(module, loader, manual, mean_loss=mean_loss)
     steps, public = observer.rehearse(manual)
     trained, others = _checked_parameters(module, public)
     manual.groups = checks.named_groups(module, [o for o in module.trainer.optimizers if o not in public])

@@ -46,6 +46,7 @@ def record_of(run: PrivateRun) -> Record | None:
         accounting=_accounting(run),
         training=run.training,
         private_statistics=run.settings.private_statistics,
+        public_mix=run.public_mix,
         recorded=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=dict(_versions()),
     )

@@ -31,6 +31,7 @@ from lightning_dp.quantile_bound import QuantileBound
 from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.fit_plan import FitPlan
+from lightning_dp.strategies.mixing import Mixing
 from lightning_dp.strategies.planning import next_step, planned_steps
 from lightning_dp.strategies.record import earlier_record, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
@@ -69,6 +70,8 @@ class PrivateRun:
         self.statistics = PrivateStatistics() if settings.private_statistics else None
         clipping = settings.resolved_clipping()
         self.bound = QuantileBound(clipping) if isinstance(clipping, AdaptiveClipping) else None
+        self.mixing: Mixing | None = None  # set while a fit has public steps, too
+        self.public_mix = ""  # of such fits, earlier ones included
 
     @property
     def budget(self) -> PrivacyBudget:
@@ -111,6 +114,13 @@ class PrivateRun:
     def mechanism(self) -> Mechanism | None:
         """The mechanism of the next step; ``None`` before the fit has seen its training data."""
         return self._schedule.at(self.budget.step) if self._schedule else None
+
+    @property
+    def batch_size(self) -> int:
+        """The batch size of the user's dataloader: what is expected of a logical batch."""
+        size = self._user.batch_size if self._user else None
+        assert size is not None, "the dataloader comes first"
+        return size
 
     def plan(self, dataloader: object, trainer: pl.Trainer, world_size: int) -> PoissonLoader:
         """Settle mechanism and budget for a train dataloader, and return the loader that samples it.
@@ -163,13 +173,16 @@ class PrivateRun:
         assert self._user is not None, "the dataloader comes first"
         settings = self.settings
         planned = planned_steps(trainer, len(self._user), steps_per_draw)
+        step = next_step(trainer)
+        if self.mixing is not None:  # public steps release nothing
+            step, announce = self.mixing.first_private(step, planned), announce and self.mixing.is_settled
         terms = self._present_terms(settings.sample_rate(self._units, self._user.batch_size or 0, world_size))
         planning = FitPlan(
             settings=settings,
             terms=terms,
             agreed=self._agreed,
             ledger=self.ledger,
-            step=next_step(trainer),
+            step=step,
             planned_steps=planned,
             releases_per_draw=releases_per_draw,
         )
@@ -239,10 +252,11 @@ class PrivateRun:
             _log.warning("noise_multiplier=0: this run is NOT private, its epsilon is infinite.")
         if self.settings.noise_multiplier is not None or self.ledger.num_releases:
             return
+        steps = (budget.planned_steps or 0) - budget.step
         several, stages = mechanism.releases_per_draw, len(self.settings.schedule)
         rank_zero_info(
             f"Privacy: noise_multiplier {mechanism.noise_multiplier:.4g} calibrated to epsilon "
-            f"{budget.target_epsilon:g} at delta {budget.delta:.3g} for {budget.planned_steps} steps"
+            f"{budget.target_epsilon:g} at delta {budget.delta:.3g} for {steps} steps"
             f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}"
             f"{f', both varied in {stages} stages' if stages else ''}."
         )
@@ -282,6 +296,7 @@ class PrivateRun:
             self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
             earlier = earlier_record(checkpoint[_CHECKPOINT_KEY])
             self.training = self.training or (earlier.training if earlier else None)
+            self.public_mix = self.public_mix or (earlier.public_mix if earlier else "")
             self._releases_per_draw = earlier.mechanism.releases_per_draw if earlier else 1
             if self.bound is not None and "bound" in checkpoint[_CHECKPOINT_KEY]:
                 self.bound.load_state_dict(checkpoint[_CHECKPOINT_KEY]["bound"])

@@ -27,6 +27,11 @@ class Stepping(ABC):
     is_trial = False
     """Whether nothing that happens has an effect, so that no hook of the user's is to be called."""
 
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise in each coordinate of the gradients that were released last."""
+        return 0.0
+
     def begin_draw(self, step: int, mechanism: Mechanism) -> None:  # noqa: B027 - most have nothing to do
         """Begin a logical batch.
 
@@ -106,6 +111,11 @@ class AutomaticStepping(Stepping):
         self._keeping, self._step, self._book = keeping, step, book
         self._num_real = self._at = 0
 
+    @property
+    def noise_std(self) -> float:
+        """As the private step says."""
+        return self._step.noise_std
+
     def begin_draw(self, step: int, mechanism: Mechanism) -> None:
         """Begin a logical batch.
 
@@ -149,4 +159,4 @@ class AutomaticStepping(Stepping):
             )
         self._book(self._at)
         self._step.release()
-        tell_noise(optimizer, self._step.noise_std)
+        tell_noise(optimizer, self.noise_std)

@@ -134,6 +134,7 @@ def test_what_writes_or_ends_a_fit_is_left_out_and_the_rest_runs(private, tmp_pa
         LearningRateMonitor(),
         ldp.PrivacyReport(),
         ldp.BiasOnlyFinetuning(),
+        ldp.PublicPretraining(switch=0.5),
     )
     baton, trainer = measured(Variant(private, False, 6, 3, ROUNDS), tmp_path, (Own(), *sent_away))
     assert Own.steps >= ROUNDS
