@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,14 +89,13 @@ class _Check:
             self._books("aab")  # a function whose gradient was refused by the observation says so here
             self._check_one_sample()
             self._check_sum()
-            for other in self._subject.others:
-                self._check_neighbour(other)
+            self._check_neighbours()
             self._check_left_out()
         finally:
             self._restore()
 
     def _check_one_sample(self) -> None:
-        samples, draws = self._subject.smallest, self._equal_draws()
+        samples, draws = self._subject.smallest, self._equal_draws
         with draws():
             norms = _merged([book.norm_sq_by_parameter() for book in self._books(samples)])
         with draws():
@@ -130,28 +130,35 @@ class _Check:
                 f"{_some(wrong)}. {_OUR_FAULT}"
             )
 
-    def _check_neighbour(self, other: str) -> None:
+    def _check_neighbours(self) -> None:
         """Compare what samples contribute when the first one is another, and when the second one is."""
         with EqualDraws() as draws:
             one, written = self._contributions("aab", 0, 1), self._written
-        with EqualDraws() as its_draws:
-            two, written_now = self._contributions(f"{other}ab", 1), self._written
+        undrawn: list[Gradients] = []
+        for other in self._subject.others:
+            with EqualDraws() as its_draws:
+                two = self._contributions(f"{other}ab", 1)
+            self._check_written(written, self._written)
+            # Beside one of another length, padding included, all samples draw other numbers: then nothing is drawn.
+            alike = draws.drawn == its_draws.drawn
+            with EqualDraws() if alike else self._subject.evaluating():
+                if not alike:
+                    undrawn = undrawn or self._contributions("aab", 0, 1)
+                    two = self._contributions(f"{other}ab", 1)
+                # A sample that stands ahead of all others may have taken part of their gradients, which no other shows.
+                two += self._contributions(f"a{other}b", 0)
+                ahead, beside = one if alike else undrawn
+                self._compare(beside, two[0], _ANOTHER)
+                self._compare(ahead, two[1], _ANOTHER)
+
+    def _check_written(self, written: Gradients, other: Gradients) -> None:
         for name, value in written.items():
-            if not torch.allclose(value, written_now[name], rtol=1e-4, atol=1e-6, equal_nan=True):
+            if not torch.allclose(value, other[name], rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise UnsupportedModelError(
                     f"self-check (d): the training step writes into '{name}', a buffer or parameter, what depends on "
                     "the samples of the batch, so it would be released without noise. Do not update it while training, "
                     "or compute it from public data beforehand."
                 )
-        # Beside a sample of another length, padding included, all samples draw other numbers: then nothing is drawn.
-        alike = draws.drawn == its_draws.drawn
-        with EqualDraws() if alike else self._subject.evaluating():
-            if not alike:
-                one, two = self._contributions("aab", 0, 1), self._contributions(f"{other}ab", 1)
-            # A sample that stands ahead of all others may have taken part of their gradients, which no other one shows.
-            two += self._contributions(f"a{other}b", 0)
-            self._compare(one[1], two[0], _ANOTHER)
-            self._compare(one[0], two[1], _ANOTHER)
 
     def _check_left_out(self) -> None:
         """Compare in training mode; if that fails, in evaluation mode, where no kernel draws numbers of its own."""
@@ -162,7 +169,7 @@ class _Check:
 
     def _left_out(self) -> tuple[Gradients, Gradients]:
         """Return what a sample contributes to a batch of two, and to one of three."""
-        draws = self._equal_draws()
+        draws = self._equal_draws
         with draws():
             (alone,) = self._contributions("ab", 1)
         with draws():
@@ -201,6 +208,7 @@ class _Check:
 
     # ---- passes --------------------------------------------------------------------------------------------------
 
+    @cached_property
     def _equal_draws(self) -> Callable[[], EqualDraws]:
         """Return the context of a pass in which all samples get the same random draws."""
         with EqualDraws() as of_two:
