@@ -56,7 +56,8 @@ class SecretRandom:
             by_device.setdefault(total.device, []).append(total.view(-1))
         for device, flat in by_device.items():
             size = _CPU_PIECE if device.type == "cpu" else _PIECE
-            batches = list(_batches((piece for t in flat for piece in t.split(size)), size))
+            pieces = (piece for t in flat for piece in (t.split(size) if t.numel() > size else (t,)))
+            batches = list(_batches(pieces, size))
             draws = self._draws(device, len(batches))
             work = [
                 partial(_add, batches[i :: len(draws)], std, divisor, draw)  # every thread has a generator of its own
