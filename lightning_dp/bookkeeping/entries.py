@@ -28,6 +28,9 @@ digits and is found again densely. (T terms of random direction cancel to a shar
 _LONG_ROW = 2**14
 """Elements that are summed in one piece."""
 
+_FEW_SAMPLES = 8
+"""Up to so many matrix products in the place of two copies."""
+
 MATERIALISED, SUMMED = Way.KEPT.value, "sum over positions"
 """How norms of `Dense` entries are found, in a few words; rules may give others."""
 
@@ -212,14 +215,25 @@ class Outer(Entry):
         return norm_sq
 
     def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
-        """Return one matrix product over all samples and positions."""
+        """Return one matrix product over all samples and positions, or one for each sample if that copies less."""
         scale = weight.to(self.g)[:, None, None]
         a, g = (self.a, self.g * scale) if self.g.shape[-1] <= self.a.shape[-1] else (self.a * scale, self.g)
+        rows = g.shape[-1]
+        if self._is_positions_last and self.num_samples <= _FEW_SAMPLES:
+            found = a.new_zeros(self._shape) if total is None else total
+            for one, other in zip(g, a, strict=True):
+                found.view(rows, -1).addmm_(one.t().to(found), other.to(found))
+            return found
         a, g = a.flatten(0, 1), g.flatten(0, 1)
         if total is None:
             return (g.t() @ a).view(self._shape)
-        total.view(g.shape[-1], -1).addmm_(g.t().to(total), a.to(total))
+        total.view(rows, -1).addmm_(g.t().to(total), a.to(total))
         return total
+
+    @property
+    def _is_positions_last(self) -> bool:
+        """Whether positions lie closest together, as in images: one matrix of all samples would be a copy."""
+        return self.num_positions > 1 and self.a.stride(1) == self.g.stride(1) == 1 < self.a.stride(2)
 
     def where(self, keep: Tensor) -> Outer:
         """Return the masked entry."""

@@ -135,3 +135,18 @@ def test_entries_hold_no_graph() -> None:
 def test_empty_book() -> None:
     assert Book(B).norm_sq().tolist() == [0.0] * B
     assert Book(B).weighted_sums(torch.ones(B)) == {}
+
+
+@pytest.mark.parametrize("samples", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_products_whose_positions_lie_closest_together(samples: int, dtype: torch.dtype) -> None:
+    """As of a convolution of kernel size 1: few samples are added one by one, without a copy."""
+    torch.manual_seed(0)
+    a, g = torch.randn(samples, 4, 7).to(dtype).mT, torch.randn(samples, 5, 7).to(dtype).mT
+    weight, before = torch.rand(samples), torch.randn(5, 4)
+    expected = torch.einsum("b,btp,btd->pd", weight.double(), g.double(), a.double())
+    entry = Outer(a, g)
+    torch.testing.assert_close(entry.weighted_sum(weight).double(), expected, rtol=1e-5, atol=1e-5)
+    total = before.clone()
+    assert entry.weighted_sum(weight, total) is total
+    torch.testing.assert_close(total.double(), before.double() + expected, rtol=1e-5, atol=1e-5)
