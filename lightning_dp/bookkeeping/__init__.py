@@ -4,8 +4,8 @@ The unit is the torch *function* that a trainable parameter enters, not the modu
 and reused weights, broadcast embeddings, subclassed layers and merged adapters need no support of their own.
 
 Reading order: ``engine`` (what a caller sees), ``recorder`` (what happens to one function), ``rules``, ``entries``,
-``pairs``, ``costs`` (which way to a norm is the cheapest), ``book``; then ``observation``, ``tracing``, ``conclusions``
-and ``contents`` (where the samples lie).
+``products``, ``tables``, ``pairs``, ``costs`` (which way to a norm is the cheapest), ``book``; then ``observation``,
+``tracing``, ``conclusions`` and ``contents`` (where the samples lie).
 """
 
 from lightning_dp.bookkeeping.base import Keeping

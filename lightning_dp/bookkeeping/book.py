@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import CANCELLATION, Dense, Entry, Kept, Outer
+from lightning_dp.bookkeeping.entries import Dense, Entry, Kept
 from lightning_dp.bookkeeping.layout import Key
 from lightning_dp.bookkeeping.pairs import FEW, added, combined, inner
 from lightning_dp.bookkeeping.precision import without_autocast
+from lightning_dp.bookkeeping.products import CANCELLATION, Outer
 from lightning_dp.bookkeeping.refusals import kept_from_before, overwritten
 
 SPARE = 2**22

@@ -1,6 +1,6 @@
 """What the norms of a matrix product, or of a convolution, cost by how they are found.
 
-Owns: the choice. Does not own: any of the ways (``entries``, ``rules.convolution``).
+Owns: the choice. Does not own: any of the ways (``products``, ``rules.convolution``).
 
 The gradient of sample ``i`` is ``G_i = sum_t g_it a_it^T``. The clipped sum of all samples costs what ordinary training
 pays for the gradient; the norms come on top:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.costs import Shape, Way, cheapest, rates_of
-from lightning_dp.bookkeeping.entries import Dense, Entry, Kept, Outer, Rows
+from lightning_dp.bookkeeping.entries import Dense, Entry, Kept
+from lightning_dp.bookkeeping.products import Outer
+from lightning_dp.bookkeeping.tables import Rows
 
 FEW = 8
 """Up to so many positions, two matrix products of one parameter are joined, and until then neither is materialised."""

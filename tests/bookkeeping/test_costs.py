@@ -13,7 +13,8 @@ from torch import nn
 from lightning_dp.bookkeeping import BookKeeping, costs
 from lightning_dp.bookkeeping.book import Book
 from lightning_dp.bookkeeping.costs import Rates, Shape, Way, cheapest, fastest, rates_of
-from lightning_dp.bookkeeping.entries import Dense, Kept, Outer, norms_sq
+from lightning_dp.bookkeeping.entries import Dense, Kept, norms_sq
+from lightning_dp.bookkeeping.products import Outer
 
 CPU = Rates(products=40e9, elements=1e9)
 FAST_MEMORY = Rates(products=40e9, elements=1e12)

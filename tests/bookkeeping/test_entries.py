@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.book import Book
-from lightning_dp.bookkeeping.entries import Dense, Entry, Outer, Rows
+from lightning_dp.bookkeeping.entries import Dense, Entry
 from lightning_dp.bookkeeping.pairs import inner
+from lightning_dp.bookkeeping.products import Outer
+from lightning_dp.bookkeeping.tables import Rows
 
 B, V, D = 3, 6, 5
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import lightning_dp as ldp
 from lightning_dp.bookkeeping import Book
-from lightning_dp.bookkeeping.entries import Dense, Outer
+from lightning_dp.bookkeeping.entries import Dense
+from lightning_dp.bookkeeping.products import Outer
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
 from lightning_dp.private_step import PrivateStep

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.bookkeeping.costs import fastest
-from lightning_dp.bookkeeping.entries import SUMMED, Dense, Entry, Kept, Outer, masked
+from lightning_dp.bookkeeping.entries import SUMMED, Dense, Entry, Kept, masked
 from lightning_dp.bookkeeping.operation import Operation, Recording
 from lightning_dp.bookkeeping.precision import accurate
+from lightning_dp.bookkeeping.products import Outer
 
 _UNFOLDED_IS_TRIED = 2.0
 """Unfold and use the ghost norm only where T (p + d) is below this multiple of p d: elsewhere it is far too slow, and

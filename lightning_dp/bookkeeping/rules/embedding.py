@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.bookkeeping.axes import merge_rows
-from lightning_dp.bookkeeping.entries import Rows
 from lightning_dp.bookkeeping.operation import Operation, Recording
+from lightning_dp.bookkeeping.tables import Rows
 from lightning_dp.errors import UnsupportedModelError
 
 _SIGNATURES = {F.embedding: inspect.signature(F.embedding), F.embedding_bag: inspect.signature(F.embedding_bag)}

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import SUMMED, Dense, Outer
+from lightning_dp.bookkeeping.entries import SUMMED, Dense
 from lightning_dp.bookkeeping.operation import File
 from lightning_dp.bookkeeping.precision import accurate
+from lightning_dp.bookkeeping.products import Outer
 from lightning_dp.bookkeeping.rules import recurrence
 from lightning_dp.bookkeeping.rules.recurrence import Cell, GateGradients, Steps, Weights, product
 from lightning_dp.bookkeeping.rules.sequences import Sequences

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dp.bookkeeping.axes import merge_rows
-from lightning_dp.bookkeeping.entries import SUMMED, Dense, Outer
+from lightning_dp.bookkeeping.entries import SUMMED, Dense
 from lightning_dp.bookkeeping.operation import File, Operation, Recording
+from lightning_dp.bookkeeping.products import Outer
 
 
 def linear(operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Recording | None:

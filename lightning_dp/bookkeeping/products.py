@@ -1,0 +1,147 @@
+"""Per-sample gradients of a matrix product, held as its inputs and output gradients.
+
+Owns: their norms and their weighted sums. Does not own: which way to a norm is the cheapest (``costs``).
+
+Book-keeping, arXiv 2210.00038: with layer inputs ``a`` and output gradients ``g``, the gradient of sample ``i`` is
+``G_i = sum_t g_it a_it^T``, and ``||G_i||^2 = <A_i A_i^T, g_i g_i^T>`` (the "ghost norm") needs no ``G_i``.
+
+Shapes: B samples, T positions of one sample, d inputs, p outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_dp.bookkeeping.costs import HALVED, Shape, Way, cheapest, rates_of
+from lightning_dp.bookkeeping.entries import Entry, Kept, masked, norms_sq
+from lightning_dp.bookkeeping.precision import accurate
+
+CANCELLATION = 1e-2
+"""Below this share of its largest possible value, divided by the number of its terms, a ghost norm has lost too many
+digits and is found again densely. (T terms of random direction cancel to a share of 1 / T, without any harm.)"""
+
+_FEW_SAMPLES = 8
+"""Up to so many matrix products in the place of two copies."""
+
+
+class Outer(Entry):
+    """The gradient ``G_i[p, d] = sum_t g[i, t, p] * a[i, t, d]`` of a matrix product.
+
+    Args:
+        a: what multiplies the columns, ``[B, T, d]``.
+        g: what multiplies the rows, ``[B, T, p]``.
+        shape: Of the parameter; ``None`` for ``(p, d)``.
+    """
+
+    def __init__(self, a: Tensor, g: Tensor, shape: tuple[int, ...] | None = None) -> None:
+        self.a, self.g = _same_dtype(a, g)
+        self._shape = shape or (self.g.shape[-1], self.a.shape[-1])
+        self._chosen: Way | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As given."""
+        return self._shape
+
+    @property
+    def num_positions(self) -> int:
+        """T."""
+        return self.a.shape[1]
+
+    @property
+    def method(self) -> str:
+        """The way of `norm_sq`."""
+        return self._way.value
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """``a`` and ``g``."""
+        return self.a, self.g
+
+    def dense(self) -> Tensor:
+        """Return ``g^T a``."""
+        return torch.bmm(self.g.mT, self.a).view(-1, *self._shape)
+
+    def settled(self, spare: int) -> Entry:
+        """Return what is materialised, if that is the fastest; ``a`` and ``g`` need not be held then."""
+        shape = self._costs
+        way = cheapest(shape, rates_of(self.a), spare)
+        if way is Way.KEPT:
+            return Kept(self.dense(), max(0, shape.extra))
+        self._chosen = way
+        return self
+
+    def norm_sq(self) -> Tensor:
+        """Return the norms, through Gram matrices or sample by sample."""
+        if self._way is Way.TILED:
+            return torch.cat([norms_sq(torch.bmm(g[None].mT, a[None])) for a, g in zip(self.a, self.g, strict=True)])
+        norm_sq, most = _gram(self.a, self.g)
+        # The terms of the Gram sum may cancel; a norm that is small only after cancellation is found densely.
+        cancelled = (norm_sq < CANCELLATION / self.num_positions * most).nonzero().flatten().tolist()
+        for i in cancelled:
+            norm_sq[i] = (self.g[i].t() @ self.a[i]).square().sum()
+        return norm_sq
+
+    def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return one matrix product over all samples and positions, or one for each sample if that copies less."""
+        scale = weight.to(self.g)[:, None, None]
+        a, g = (self.a, self.g * scale) if self.g.shape[-1] <= self.a.shape[-1] else (self.a * scale, self.g)
+        rows = g.shape[-1]
+        if self._is_positions_last and self.num_samples <= _FEW_SAMPLES:
+            found = a.new_zeros(self._shape) if total is None else total
+            for one, other in zip(g, a, strict=True):
+                found.view(rows, -1).addmm_(one.t().to(found), other.to(found))
+            return found
+        a, g = a.flatten(0, 1), g.flatten(0, 1)
+        if total is None:
+            return (g.t() @ a).view(self._shape)
+        total.view(rows, -1).addmm_(g.t().to(total), a.to(total))
+        return total
+
+    @property
+    def _is_positions_last(self) -> bool:
+        """Whether positions lie closest together, as in images: one matrix of all samples would be a copy."""
+        return self.num_positions > 1 and self.a.stride(1) == self.g.stride(1) == 1 < self.a.stride(2)
+
+    def where(self, keep: Tensor) -> Outer:
+        """Return the masked entry."""
+        return Outer(masked(self.a, keep), masked(self.g, keep), self._shape)
+
+    def transposed(self) -> Outer:
+        """Return the entry of the transposed parameter."""
+        return Outer(self.g, self.a)
+
+    @property
+    def _costs(self) -> Shape:
+        return Shape(self.num_samples, self.num_positions, self.a.shape[-1], self.g.shape[-1])
+
+    @property
+    def _way(self) -> Way:
+        """The fastest way without keeping anything."""
+        if self._chosen is None:
+            self._chosen = cheapest(self._costs, rates_of(self.a), 0, kept=False)
+        return self._chosen
+
+
+def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    a, g = accurate(a), accurate(g)
+    dtype = torch.promote_types(a.dtype, g.dtype)
+    return a.to(dtype), g.to(dtype)
+
+
+def _gram(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared ghost norm and the largest value it could have without cancellation, each ``[B]``.
+
+    A Gram matrix is symmetric: of its quarters, one off the diagonal is left out and the other counted twice.
+    """
+    norm_sq, most = a.new_zeros(a.shape[0]), a.new_zeros(a.shape[0])
+    size = -(-a.shape[1] // (2 if a.shape[1] >= HALVED else 1))
+    for start in range(0, a.shape[1], size):
+        stop = start + size
+        aa, gg = (torch.bmm(t[:, start:stop], t[:, :stop].mT) for t in (a, g))
+        diagonals = [t[:, :, start:].diagonal(dim1=1, dim2=2) for t in (aa, gg)]
+        most += (diagonals[0] * diagonals[1]).clamp(min=0).sqrt().sum(1)
+        product = aa.mul_(gg)
+        norm_sq += product[:, :, start:].sum((1, 2)) + 2 * product[:, :, :start].sum((1, 2))
+    return norm_sq, most.square()
