@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
@@ -140,10 +141,19 @@ class HostMemory(Memory):
                     yield int(most) - used + sum(map(int, cached))
 
 
+_GIVING_BACK: dict[str, tuple[Any, ...]] = {
+    "malloc_trim": (0,),  # the GNU library
+    "MallocExtension_ReleaseFreeMemory": (),  # tcmalloc
+    "mallctl": (b"arena.4096.purge", None, None, None, ctypes.c_size_t(0)),  # jemalloc: all arenas
+}
+"""What allocators call it, with its arguments."""
+
+
 def give_back_freed() -> None:
-    """Let the C library return freed pages to the system: used again, they would not count towards a peak."""
-    with suppress(AttributeError, OSError, TypeError):  # not the GNU library; others keep less
-        ctypes.CDLL(None).malloc_trim(0)
+    """Let the allocator return freed pages to the system: used again, they would not count towards a peak."""
+    for name, arguments in _GIVING_BACK.items():
+        with suppress(AttributeError, OSError, TypeError):  # another allocator, or another system
+            getattr(ctypes.CDLL(None), name)(*arguments)
 
 
 def _lines(path: Path) -> list[str]:

@@ -100,7 +100,7 @@ KEEP = Rates(1e3, 1e12)
 @pytest.mark.parametrize("positions", [60, costs.HALVED, costs.HALVED + 1, 3 * costs.HALVED + 5])
 @pytest.mark.parametrize("way", Way)
 def test_every_way_finds_the_same(way: Way, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_dp.bookkeeping.entries.cheapest", lambda *_, **__: way)
+    monkeypatch.setattr("lightning_dp.bookkeeping.products.cheapest", lambda *_, **__: way)
     torch.manual_seed(0)
     a, g = torch.randn(3, positions, 10).double(), torch.randn(3, positions, 12).double()
     product = torch.einsum("btp,btd->bpd", g, a)
@@ -119,7 +119,7 @@ def test_a_norm_that_cancels_in_a_gram_matrix_is_found_again(
     order: str, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the positions undo the other half, but for a thousandth, which a Gram sum in float32 loses."""
-    monkeypatch.setattr("lightning_dp.bookkeeping.entries.cheapest", lambda *_, **__: Way.GHOST)
+    monkeypatch.setattr("lightning_dp.bookkeeping.products.cheapest", lambda *_, **__: Way.GHOST)
     torch.manual_seed(0)
     a, g = torch.randn(2, positions // 2, 50), torch.randn(2, positions // 2, 60)
     a, g = torch.cat([a, a], 1), torch.cat([g, -1.001 * g], 1)
@@ -130,7 +130,7 @@ def test_a_norm_that_cancels_in_a_gram_matrix_is_found_again(
 
 
 def test_what_is_kept_beyond_the_spare_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_dp.bookkeeping.entries.rates_of", lambda _: KEEP)
+    monkeypatch.setattr("lightning_dp.bookkeeping.products.rates_of", lambda _: KEEP)
     book = Book(2, spare=2 * 2 * 450)  # each: 2 x 25 x 25 gradients in place of 2 x 10 x (25 + 25)... 250 more
     for name in "abcdefghij":
         book.file(name, Outer(torch.randn(2, 9, 25), torch.randn(2, 9, 25)))
@@ -140,7 +140,7 @@ def test_what_is_kept_beyond_the_spare_memory_is_not_kept(monkeypatch: pytest.Mo
 
 
 def test_uses_of_one_parameter_are_added_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_dp.bookkeeping.entries.rates_of", lambda _: KEEP)
+    monkeypatch.setattr("lightning_dp.bookkeeping.products.rates_of", lambda _: KEEP)
     torch.manual_seed(0)
     pairs = [(torch.randn(2, 20, 3).double(), torch.randn(2, 20, 4).double()) for _ in range(5)]
     other = torch.randn(2, 4, 3).double()
