@@ -9,9 +9,9 @@ Measured over 5 seeds, 100 steps, delta 1e-4, in half a minute of one CPU core:
     DP full                       100.0%   0.9993     0.932   0.925, 0.942
     DP bias-only                    1.4%   0.9993     0.939   0.931, 0.947
 
-Public are 400 digits, private 1,037 others, all under a shadow: a background, which suits the training of biases, and was
-chosen for it. A change of shape, such as slanted digits, does not suit it. Learning rates were tried on held-out digits,
-two or three for each method; epsilon does not cover that, nor does it cover other runs than one.
+Public are 400 digits, private 1,037 others, all under a shadow: a background, which suits the training of biases, and
+was chosen for it. A change of shape, such as slanted digits, does not suit it. Learning rates were tried on held-out
+digits, two or three for each method; epsilon does not cover that, nor does it cover other runs than one.
 """
 
 import argparse

@@ -20,7 +20,7 @@ NUM_PUBLIC = 400
 
 
 def shade(x: Tensor, depth: float = 0.7) -> Tensor:
-    """Darken images ``[N, 64]``, in which 0 is paper and 1 is ink: by 0 on the left to ``depth`` on the right, up to 1."""
+    """Darken images ``[N, 64]``, 0 for paper and 1 for ink: by 0 on the left to ``depth`` on the right, up to 1."""
     return (x + torch.linspace(0, depth, 8).repeat(8)).clamp(max=1)
 
 
