@@ -24,7 +24,7 @@ class Digits(TensorDataset):
     """Images ``[N, 64]`` in [0, 1] and labels ``[N]``."""
 
     def __init__(self, x: Any, y: Any) -> None:
-        super().__init__(torch.tensor(x, dtype=torch.float32), torch.tensor(y))
+        super().__init__(torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y))
 
 
 class DigitsDataModule(pl.LightningDataModule):
