@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lightning_dp.accounting import Phase
 from lightning_dp.accounting.gaussian import full_batch_noise, gaussian_epsilon, is_full
@@ -40,7 +41,11 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
     Guarantee:
         ``gaussian_epsilon`` of the result is at most ``epsilon``; the inverse of Balle and Wang 2018, theorem 8.
     """
-    epsilon, delta = check_target_epsilon(epsilon), check_delta("target_delta", delta)
+    return _gaussian_mu(check_target_epsilon(epsilon), check_delta("target_delta", delta))
+
+
+@lru_cache(maxsize=64)
+def _gaussian_mu(epsilon: float, delta: float) -> float:
     low, high = 0.0, 1.0
     while gaussian_epsilon(high, delta) <= epsilon:
         low, high = high, 2 * high
