@@ -16,12 +16,15 @@ from lightning_dp.losses import per_sample_mean
 from lightning_dp.missing_biases import add_missing_biases
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
+from lightning_dp.tuning import FrozenFeatures, LinearHead, SearchSpace, tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BiasOnlyFinetuning",
     "DPStrategy",
+    "FrozenFeatures",
+    "LinearHead",
     "PrivacyBudgetExceeded",
     "PrivacyBudgetStopping",
     "PrivacyConfigurationError",
@@ -29,6 +32,7 @@ __all__ = [
     "PrivacyMonitor",
     "PrivacyReport",
     "PrivateDataset",
+    "SearchSpace",
     "Stage",
     "UnsupportedModelError",
     "add_missing_biases",
@@ -39,4 +43,5 @@ __all__ = [
     "per_sample_mean",
     "plan",
     "register_rule",
+    "tune",
 ]

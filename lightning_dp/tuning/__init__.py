@@ -2,11 +2,26 @@
 
 Owns: the division of a budget among the runs of a search, the extrapolation to the final run, and the search itself.
 Does not own: the private steps of a run (``strategies``) or the bound on epsilon (``accounting``).
-Reading order: ``shares``, ``scaling``, ``features``.
+Reading order: ``tuner``, ``searching``, ``trials``, ``shares``, ``scaling``, ``fits``, ``history``, ``features``.
 """
 
 from lightning_dp.tuning.features import FrozenFeatures, LinearHead
 from lightning_dp.tuning.scaling import Line, SearchSpace, Setting
+from lightning_dp.tuning.searching import TuningResult
 from lightning_dp.tuning.shares import SearchPlan, gaussian_mu
+from lightning_dp.tuning.trials import Outcome, Search
+from lightning_dp.tuning.tuner import tune
 
-__all__ = ["FrozenFeatures", "Line", "LinearHead", "SearchPlan", "SearchSpace", "Setting", "gaussian_mu"]
+__all__ = [
+    "FrozenFeatures",
+    "Line",
+    "LinearHead",
+    "Outcome",
+    "Search",
+    "SearchPlan",
+    "SearchSpace",
+    "Setting",
+    "TuningResult",
+    "gaussian_mu",
+    "tune",
+]

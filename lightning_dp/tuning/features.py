@@ -169,7 +169,8 @@ def _encoded(encoder: Any, dataset: Dataset[Any], batch_size: int, device: torch
     modes = [(part, part.training) for part in module.modules()] if module is not None else []
     if module is not None:
         module.to(device).eval()
-    features, labels = [], []
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
     try:
         with torch.no_grad():
             for inputs, targets in DataLoader(dataset, batch_size=batch_size):

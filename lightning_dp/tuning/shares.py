@@ -170,14 +170,16 @@ class SearchPlan:
             stage: Counted from 0.
             num_steps: T, at least 1.
         """
-        return _noise(gaussian_mu(self.epsilons[stage], self.target_delta), num_steps)
+        return gaussian_noise(gaussian_mu(self.epsilons[stage], self.target_delta), num_steps)
 
-    def final_noise_multiplier(self, spent: Iterable[Phase], num_steps: int) -> float:
-        """The noise with which the final run spends what is really left, after runs that were made twice, too.
+    def final_mu(self, spent: Iterable[Phase]) -> float:
+        """What the final run has: its share, or what is really left after runs that were made twice.
 
         Args:
             spent: All that was released before it.
-            num_steps: At least 1.
+
+        Returns:
+            Mu, not squared; `gaussian_noise` gives the noise.
 
         Raises:
             PrivacyConfigurationError: If something was released from sampled batches.
@@ -185,26 +187,33 @@ class SearchPlan:
         """
         before = spent_mu(spent)
         left = math.sqrt(max(0.0, _usable_mu(self.target_epsilon, self.target_delta) ** 2 - before**2))
-        share = gaussian_mu(self.epsilons[-1], self.target_delta)
         if left < gaussian_mu(self.epsilons[-2], self.target_delta):
-            spent_epsilon = gaussian_epsilon(before, self.target_delta) if math.isfinite(before) else math.inf
+            epsilon = gaussian_epsilon(before, self.target_delta) if math.isfinite(before) else math.inf
             raise PrivacyBudgetExceeded(
-                f"{spent_epsilon:.4g} of target_epsilon={self.target_epsilon:g} are spent before the final run, which "
-                f"would have less than epsilon={self.epsilons[-2]:g}, what a run has that is only tried. Runs that "
-                "were interrupted and made again are paid for twice: take the best of the runs so far, or begin a new "
-                "search with a budget of its own."
+                f"{epsilon:.4g} of target_epsilon={self.target_epsilon:g} are spent before the final run, which would "
+                f"have less than epsilon={self.epsilons[-2]:g}, what a run has that is only tried. Runs that were "
+                "interrupted and made again are paid for twice. Begin a new search, with a budget of its own."
             )
-        return _noise(min(share, left), num_steps)
+        return min(gaussian_mu(self.epsilons[-1], self.target_delta), left)
+
+
+def gaussian_noise(mu: float, num_steps: int) -> float:
+    """The noise multiplier with which so many full-batch steps have this mu: ``sqrt(T) / mu``.
+
+    Args:
+        mu: Above 0, not squared.
+        num_steps: T, at least 1.
+
+    Raises:
+        PrivacyConfigurationError: If there are no steps.
+    """
+    if check_count("num_steps", num_steps) < 1:
+        raise PrivacyConfigurationError(f"num_steps={num_steps}: expected at least 1.")
+    return math.sqrt(num_steps) / mu
 
 
 def _usable_mu(epsilon: float, delta: float) -> float:
     return gaussian_mu(epsilon, delta) * (1 - _ROUNDING)
-
-
-def _noise(mu: float, num_steps: int) -> float:
-    if check_count("num_steps", num_steps) < 1:
-        raise PrivacyConfigurationError(f"num_steps={num_steps}: expected at least 1.")
-    return math.sqrt(num_steps) / mu
 
 
 def _check_stages(epsilons: tuple[float, ...], num_runs: tuple[int, ...]) -> None:

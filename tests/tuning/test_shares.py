@@ -9,7 +9,7 @@ from scipy.special import ndtr
 from lightning_dp.accounting import Ledger, Phase, PRVAccountant, Release, max_further_releases
 from lightning_dp.errors import PrivacyBudgetExceeded, PrivacyConfigurationError
 from lightning_dp.tuning import SearchPlan, gaussian_mu
-from lightning_dp.tuning.shares import spent_mu
+from lightning_dp.tuning.shares import gaussian_noise, spent_mu
 from tests.accounting.oracles import gaussian_delta, pld_epsilon
 
 PAPER = [((0.05, 0.1, 0.96), 0.992), ((0.01, 0.1, 0.97), 0.995), ((0.05, 0.2, 0.9), 0.997)]
@@ -75,7 +75,7 @@ def test_the_ledgers_own_budget_allows_exactly_the_planned_steps(steps):
         for n in several:
             for _ in range(n):
                 ledger.book(Release(plan.noise_multiplier(stage, n), 1.0))
-    noise = plan.final_noise_multiplier(ledger.phases, steps)
+    noise = gaussian_noise(plan.final_mu(ledger.phases), steps)
     allowed = max_further_releases(
         PRVAccountant(),
         lambda n: [[*ledger.phases, Phase(noise, 1.0, n)]],
@@ -89,8 +89,8 @@ def test_a_run_that_was_made_twice_is_taken_from_the_final_one():
     plan = SearchPlan.within(1.0, DELTA)
     made = [Phase(plan.noise_multiplier(0, 50), 1.0, 150), Phase(plan.noise_multiplier(1, 20), 1.0, 60)]
     again = Phase(plan.noise_multiplier(1, 20), 1.0, 13)
-    noise = plan.final_noise_multiplier([*made, again], 40)
-    assert noise > plan.final_noise_multiplier(made, 40)
+    noise = gaussian_noise(plan.final_mu([*made, again]), 40)
+    assert noise > gaussian_noise(plan.final_mu(made), 40)
     squares = sum(p.num_releases / p.noise_multiplier**2 for p in (*made, again)) + 40 / noise**2
     assert epsilon_by_formula(math.sqrt(squares), DELTA) == pytest.approx(1.0, abs=1e-6)
 
@@ -105,7 +105,7 @@ def test_too_many_repeated_runs_leave_nothing_for_the_final_one():
     plan = SearchPlan.within(1.0, DELTA)
     spent = [Phase(plan.noise_multiplier(2, 10), 1.0, 10), Phase(plan.noise_multiplier(1, 10), 1.0, 30)]
     with pytest.raises(PrivacyBudgetExceeded, match=r"of target_epsilon=1 are spent before the final run.*new search"):
-        plan.final_noise_multiplier(spent, 10)
+        plan.final_mu(spent)
 
 
 @pytest.mark.parametrize(
