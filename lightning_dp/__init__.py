@@ -32,6 +32,7 @@ from lightning_dp.missing_biases import add_missing_biases
 from lightning_dp.optimizers import DPAdamBC
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
+from lightning_dp.tuning import FrozenFeatures, LinearHead, SearchSpace, tune
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,8 @@ __all__ = [
     "DPAdamBC",
     "DPStrategy",
     "FlatClipping",
+    "FrozenFeatures",
+    "LinearHead",
     "NormClipping",
     "PSACClipping",
     "PerLayerClipping",
@@ -54,6 +57,7 @@ __all__ = [
     "PrivacyReport",
     "PrivateDataset",
     "PublicPretraining",
+    "SearchSpace",
     "Stage",
     "UnsupportedModelError",
     "add_missing_biases",
@@ -64,4 +68,5 @@ __all__ = [
     "per_sample_mean",
     "plan",
     "register_rule",
+    "tune",
 ]

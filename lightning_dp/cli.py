@@ -14,6 +14,7 @@ from lightning_dp.benchmarking.command import benchmark_command
 from lightning_dp.forecasting.command import plan_numbers, print_help, takes_numbers
 from lightning_dp.lightning_cli import DPLightningCLI, run_lightning
 from lightning_dp.reporting.command import report_command
+from lightning_dp.tuning.command import tune_command
 
 __all__ = ["COMMANDS", "Command", "DPLightningCLI", "main"]
 
@@ -39,6 +40,9 @@ COMMANDS = {
     ),
     "benchmark": Command(
         benchmark_command, "with the arguments of fit: what privacy costs there in time and memory, measured"
+    ),
+    "tune": Command(
+        tune_command, "with the arguments of fit: a search of learning rate and steps, with all runs in one budget"
     ),
     "report": Command(report_command, "CKPT: what a private fit did, what it cost and what is not covered"),
 }

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
@@ -35,6 +36,8 @@ from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.status import PrivacyStatus
 from lightning_dp.strategies.stepping import Stepping, Unprepared
 from lightning_dp.strategies.undisturbed import Attempt
+
+S = TypeVar("S", bound="PrivateHooks")
 
 Rehearsal = Callable[[PrivateRun, Callable[[Any], Any], Callable[..., Any], Callable[[Stepping], Stepping]], None]
 """``rehearsal(run, moved, step, put)``: ``step(moved(batch), batch_idx)`` runs the training step on a batch, behind the
@@ -65,6 +68,20 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         self._run.mixing = None if public is None else public.mixing
         if public is not None:
             self._run.public_mix = public.mixing.settings.mix
+
+    def successor(self: S, **changes: Any) -> S:
+        """Return a strategy for another trainer that goes on with this run: one ledger, one journal, one budget.
+
+        Args:
+            **changes: Arguments that are others from then on.
+
+        Raises:
+            PrivacyConfigurationError: If they do not go together.
+        """
+        arguments = {field.name: getattr(self._run.settings, field.name) for field in fields(PrivacySettings)}
+        strategy = type(self)(**{**arguments, **changes})
+        self._run.settings, strategy._run = strategy._run.settings, self._run
+        return strategy
 
     # ---- before the first step ---------------------------------------------------------------------------------
 

@@ -312,6 +312,18 @@ class PrivateRun:
         self._released_before = self.ledger.num_releases
         self.keep_journal_beside(path)  # whoever resumes from there again must find what this run releases
 
+    def keep_in(self, directory: Path, history: Mapping[str, Any] | None) -> None:
+        """Keep the journal in a directory from now on, and count what was released there before.
+
+        Args:
+            directory: An existing local directory.
+            history: The state of an earlier process's ledger, whose journal may be there; ``None`` if there was none.
+        """
+        if history is not None:
+            self.ledger.merge(history)
+            self._journal.read(directory, self.ledger)
+        self._journal.add_directory(directory)
+
     def close(self) -> None:
         """Leave the exact number of releases on disk."""
         self._journal.close(self.ledger)

@@ -1,5 +1,6 @@
 """What is read of the memory: files of the system that are written here, and a peak that is known."""
 
+import statistics
 import sys
 
 import pytest
@@ -77,11 +78,14 @@ def test_the_peak_of_what_is_held_for_a_moment():
 
 @LINUX
 def test_what_is_free_falls_by_what_is_held():
-    host = HostMemory()
-    before = host.free()
-    held = torch.ones(400 * MB, dtype=torch.uint8)
-    assert host.free() < before - 200 * MB  # other processes come and go
-    assert held.all()
+    host, falls = HostMemory(), []
+    for _ in range(5):  # other processes come and go
+        before = host.free()
+        held = torch.ones(400 * MB, dtype=torch.uint8)
+        falls.append(before - host.free())
+        assert held.all()
+        del held
+    assert statistics.median(falls) == pytest.approx(400 * MB, rel=0.5)
 
 
 @LINUX

@@ -1,0 +1,123 @@
+"""The record of a search on disk, so that one that was interrupted goes on with what it has spent.
+
+Owns: the file ``search.json``: what the search is, the runs that were made, and the ledger. Does not own: releases of a
+run that was interrupted, which the journal beside it knows (``accounting.journal``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_dp.accounting.durable import replace_file
+from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
+from lightning_dp.plain import to_plain
+from lightning_dp.tuning.trials import Outcome, Search
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_NAME, _VERSION = "search.json", 1
+
+
+class History:
+    """The runs that a search has made.
+
+    Guarantee: a run is on disk before the next one begins, and the ledger before the first release, so that the journal
+    in this directory is recognised as its continuation.
+
+    Args:
+        directory: Made if it is not there.
+        search: What is searched for, and by what shares.
+    """
+
+    def __init__(self, directory: Path, search: Search) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self._terms = directory, json.loads(json.dumps(asdict(search)))
+        self.ledger: Mapping[str, Any] | None = None
+        self.outcomes: list[Outcome] = []
+
+    def read(self) -> None:
+        """Find out what was made before.
+
+        Raises:
+            PrivacyConfigurationError: If the directory belongs to another search, or to a run that is none.
+            PrivacyError: If the file cannot be read.
+        """
+        state = self._read()
+        if state is not None:
+            self.ledger, self.outcomes = state["ledger"], [_outcome(row) for row in state["outcomes"]]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes out, where the system has locks of files: two at once would spend two budgets.
+
+        Raises:
+            PrivacyConfigurationError: If one is at work on this search.
+        """
+        if fcntl is None:
+            yield
+            return
+        with open(self.directory / "search.lock", "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise PrivacyConfigurationError(
+                    f"directory={str(self.directory)!r}: another process is at work on this search, and both would "
+                    "spend its budget. Wait for it, or give another directory."
+                ) from error
+            yield
+
+    def write(self, ledger: Mapping[str, Any]) -> None:
+        """Keep everything on disk.
+
+        Args:
+            ledger: Its state.
+        """
+        outcomes = [{**to_plain(one), "score": repr(one.score)} for one in self.outcomes]  # JSON has no NaN
+        state = {"version": _VERSION, "search": self._terms, "outcomes": outcomes, "ledger": ledger}
+        replace_file(self.directory / _NAME, json.dumps(state, indent=1))
+
+    def _read(self) -> dict[str, Any] | None:
+        path = self.directory / _NAME
+        if not path.exists():
+            if any(self.directory.glob("privacy-journal-*.json")):
+                raise PrivacyConfigurationError(
+                    f"directory={str(self.directory)!r} has the journal of a run, and no {_NAME}: what was spent there "
+                    "would be forgotten. Give a directory of its own to every search."
+                )
+            return None
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version, terms = state["version"], state["search"]
+            if version != _VERSION or not isinstance(terms, dict) or not {"outcomes", "ledger"} <= state.keys():
+                raise ValueError(f"version {version}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise PrivacyError(
+                f"{path} cannot be read ({error!r}): it holds what a search has spent, so it is not ignored. Restore "
+                "it, or begin a new search, with a budget of its own, in another directory."
+            ) from error
+        self._check(terms)
+        return state
+
+    def _check(self, before: Mapping[str, Any]) -> None:
+        changed = [
+            f"{name} is now {self._terms.get(name)} and was {before.get(name)}"
+            for name in sorted(self._terms.keys() | before.keys())
+            if self._terms.get(name) != before.get(name)
+        ]
+        if changed:
+            raise PrivacyConfigurationError(
+                f"directory={str(self.directory)!r} holds another search: {'; '.join(changed)}. Go on with that one as "
+                "it was, or give another directory: a new search has a budget of its own, on top of what was spent."
+            )
+
+
+def _outcome(row: Mapping[str, Any]) -> Outcome:
+    return Outcome(**{**row, "score": float(row["score"])})

@@ -1,0 +1,133 @@
+"""The search: all runs in one ledger, within one budget.
+
+Owns: the loop, and what it returns. Does not own: any of its parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.strategies import DPStrategy
+from lightning_dp.tuning.fits import Fit, check_strategy
+from lightning_dp.tuning.history import History
+from lightning_dp.tuning.shares import SearchPlan
+from lightning_dp.tuning.trials import Outcome, Search
+
+FINAL = "final.ckpt"
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What a search has found and spent.
+
+    Args:
+        outcomes: Of all runs in their order, the final one last.
+        plan: How the budget was divided.
+        epsilon: What all runs together spent, at ``plan.target_delta``: an upper bound, in nats.
+        num_releases: Noisy steps of all runs, interrupted ones included.
+        checkpoint: The final run's, with the ledger of all runs.
+        monitor: The metric that chose.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    plan: SearchPlan
+    epsilon: float
+    num_releases: int
+    checkpoint: Path
+    monitor: str
+
+    @property
+    def final(self) -> Outcome:
+        """The final run."""
+        return self.outcomes[-1]
+
+    def print(self) -> None:
+        """Print the runs, and what they cost together."""
+        table = Table(title="Private search", title_justify="left", caption_justify="left")
+        for name in ("run", "epsilon", "lr", "steps", "lr × steps", self.monitor):
+            table.add_column(name, justify="left" if name == "run" else "right")
+        for number, one in enumerate(self.outcomes, 1):
+            final = number == len(self.outcomes)
+            values = (f"{one.epsilon:.4g}", f"{one.lr:.4g}", f"{one.num_steps}", f"{one.r:.4g}", f"{one.score:.4f}")
+            table.add_row("final" if final else f"{number}", *values, style="bold" if final else None)
+        table.caption = (
+            f"In all: epsilon {self.epsilon:.4f} of {self.plan.target_epsilon:g} at delta {self.plan.target_delta:g}, "
+            f"{self.num_releases} full-batch steps. It covers the choice of learning rate and steps by these runs. The "
+            f"validation data that chose is public.\nWeights: {self.checkpoint}"
+        )
+        Console().print(table)
+
+
+def run_search(search: Search, strategy: DPStrategy, directory: Path, fit: Fit) -> TuningResult:
+    """Make all runs that are not made yet.
+
+    Guarantee: all runs of this search, in this process and in those before it, in the same directory, spend at most
+    ``target_epsilon`` of the strategy; a release that does not fit is refused before it is made.
+
+    Args:
+        search: What is searched for.
+        strategy: Checked; it holds the ledger of all runs.
+        directory: Where the search is recorded, and the journal kept.
+        fit: Makes a run; leaves the weights of the final one in the file ``final.ckpt`` there.
+    """
+    history = History(directory, search)
+    with history.alone():
+        history.read()
+        _make_runs(search, strategy, history, fit)
+    run = strategy._run
+    target, delta = search.plan.target_epsilon, search.plan.target_delta
+    accountant = run.settings.accountant_for(delta)
+    epsilon = max(accountant.epsilon(phases, delta) for phases in run.ledger.histories())
+    assert epsilon <= target, "the budget refuses a release that exceeds it"
+    num, checkpoint = run.ledger.num_releases, directory / FINAL
+    return TuningResult(tuple(history.outcomes), search.plan, epsilon, num, checkpoint, search.monitor)
+
+
+def _make_runs(search: Search, strategy: DPStrategy, history: History, fit: Fit) -> None:
+    """Make the runs that are left, each on disk before the next."""
+    run = strategy._run
+    run.keep_in(history.directory, history.ledger)
+    history.write(run.ledger.state_dict())
+    while (trial := search.next(history.outcomes, run.ledger.phases)) is not None:
+        strategy = strategy.successor(noise_multiplier=trial.noise_multiplier, changed_settings="new_phase")
+        score = fit(trial, strategy)
+        setting = trial.setting
+        history.outcomes.append(Outcome(trial.stage, trial.epsilon, setting.lr, setting.num_steps, score))
+        history.write(run.ledger.state_dict())
+
+
+def search_for(
+    strategy: DPStrategy,
+    *,
+    selection: str,
+    small_epsilons: tuple[float, ...] | None,
+    num_runs: tuple[int, ...],
+    **search: Any,
+) -> Search:
+    """Return what a search within the budget of a strategy is.
+
+    Args:
+        strategy: A new one, with target and delta.
+        selection: ``"public"``.
+        small_epsilons: As for `SearchPlan.within`.
+        num_runs: As for `SearchPlan.within`.
+        **search: Other arguments of `Search`.
+
+    Raises:
+        PrivacyConfigurationError: If one of them does not go with a search, or the validation data that chooses is not
+            said to be public.
+    """
+    if selection != "public":
+        raise PrivacyConfigurationError(
+            f"selection={selection!r}: expected 'public'. Scores on private validation data would choose without being "
+            "paid for. Hold out public data of the same kind, or choose settings on public data alone."
+        )
+    settings = check_strategy(strategy)._run.settings
+    target, delta = cast(float, settings.target_epsilon), cast(float, settings.target_delta)
+    return Search(SearchPlan.within(target, delta, small_epsilons=small_epsilons, num_runs=num_runs), **search)
