@@ -71,6 +71,22 @@ class Observer:
         with uncompiled():  # also where autograd is compared: compiled code may draw other random numbers
             self._observe(keeping, trained, check)
 
+    def after_each(self, run: Callable[[], T]) -> list[T]:
+        """Return what runs after a training step on the first sample, on the first again, and on each other one.
+
+        All begin with the same random numbers.
+        """
+        if not self._index:
+            self._choose_samples()
+        found = []
+        for sample in ("a", *self._index):
+            with undisturbed(self._module):
+                state = RandomState.of_all()
+                self._trial.loss(self.batch(sample))
+                state.restore()
+                found.append(run())
+        return found
+
     @property
     def num_samples(self) -> int:
         """How many samples were chosen to be looked at; 0 before."""
