@@ -114,6 +114,7 @@ class PublicSteps:
             self._stream = PublicStream(self._train)
             if self._resumed is not None:
                 self._stream.load_state_dict(self._resumed)
+        check_public(self._stream.loader, run.loader.dataset)  # it goes on, whatever was returned now
         a_pass = len(run.loader) if isinstance(self._train.dataset, IterableDataset) else len(self._train)
         self.mixing.set_batch_sizes(self._train.batch_size, run.batch_size, a_pass)
 

@@ -638,6 +638,24 @@ def test_public_gradients_made_of_what_a_private_step_left_are_refused(keeps, en
         fit(Remembering(keeps), ldp.PublicPretraining(public(), switch=1.0, mix=mix), strategy=strategy)
 
 
+def test_public_batches_that_go_on_are_compared_with_reloaded_private_data():
+    class Rotating(Regression):
+        def _part(self, shift):
+            first = (self.trainer.current_epoch + shift) % 2
+            return DataLoader(Subset(every, range(first, N, 2)), batch_size=3)
+
+        def train_dataloader(self):
+            return self._part(0)
+
+        def public_dataloader(self):
+            return self._part(1)
+
+    every, callback = examples(N), ldp.PublicPretraining(switch=1.0, mix="sample")
+    made = trainer(max_steps=STEPS, callbacks=[callback], reload_dataloaders_every_n_epochs=1)
+    with pytest.raises(ldp.PrivacyConfigurationError, match="has examples of the private training data"):
+        made.fit(Rotating(network()))
+
+
 @pytest.mark.parametrize("check_every", [1, 4])
 def test_after_private_steps_a_plateau_does_not_change_the_noise(tmp_path, check_every):
     """Weights that were released decide when it comes: noise that followed from it would be chosen by results."""
