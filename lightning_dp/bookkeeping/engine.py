@@ -59,15 +59,16 @@ class BookKeeping(Keeping):
         self._layouts, self._anchor = Layouts(), Anchor()
         self._recorder: Recorder | None = None
 
-    def observe(self, forward: Forward, varied: bool = True, rows: int = 1) -> None:
+    def observe(self, forward: Forward, varied: bool = True, rows: int = 1, draws_elsewhere: bool = False) -> None:
         """Observe how the functions that the parameters enter use the samples; see ``observation``.
 
         Args:
             forward: Runs the forward pass on the samples named by a string: ``"aab"`` is a batch ``[a, a, b]``.
             varied: Whether ``a`` and ``b`` differ.
             rows: How many rows of a batch a sample is.
+            draws_elsewhere: Whether it draws random numbers by Python or NumPy.
         """
-        self._layouts = observe(self._names, self._swap, forward, varied)
+        self._layouts = observe(self._names, self._swap, forward, varied, draws_elsewhere)
         self._layouts.fix(rows)
 
     def learn_from(self, other: BookKeeping) -> None:

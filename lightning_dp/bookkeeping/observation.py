@@ -30,7 +30,7 @@ from lightning_dp.bookkeeping.conclusions import Event
 from lightning_dp.bookkeeping.contents import COUPLED, UNKNOWN_ORDER, Digest, Moved, digest, moved, refined
 from lightning_dp.bookkeeping.interception import Handler, without_interception
 from lightning_dp.bookkeeping.layout import Kind, Layouts
-from lightning_dp.bookkeeping.random_state import RandomState
+from lightning_dp.bookkeeping.random_state import RandomState, seed_elsewhere
 from lightning_dp.bookkeeping.source import check_opaque
 from lightning_dp.bookkeeping.tracing import DifferentControlFlow, Tracer, Use
 from lightning_dp.bookkeeping.witness import ROUNDS, Witness, routing
@@ -77,7 +77,9 @@ class _Pass:
         return self.witness.decides_at_random
 
 
-def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool = True) -> Layouts:
+def observe(
+    names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool = True, draws_elsewhere: bool = False
+) -> Layouts:
     """Observe a model.
 
     Args:
@@ -85,6 +87,7 @@ def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool
         swap: Swaps the classes of the parameters around a pass.
         forward: Runs the forward pass.
         varied: Whether there are two different samples whose contents can be compared.
+        draws_elsewhere: Whether it draws random numbers by Python or NumPy, which no pass sees.
 
     Returns:
         The layouts of all functions that a trained parameter entered.
@@ -105,7 +108,7 @@ def observe(names: Mapping[int, str], swap: Swap, forward: Forward, varied: bool
                 continue
             quiet_rounds = 0 if add(layouts, found) else quiet_rounds + 1
             expected = _QUIET_ROUNDS if set(names.values()) <= layouts.names else _SEARCHING_ROUNDS
-            if not random or quiet_rounds == expected:
+            if not (random or draws_elsewhere) or quiet_rounds == expected:
                 break
     finally:
         original.restore()
@@ -163,6 +166,7 @@ def _trace(
     vague: Collection[int] = (),
 ) -> _Pass:
     state.restore()
+    seed_elsewhere(seed)
     tracer, witness = Tracer(names, before, digest, vague), Witness(seed, len(samples))
     try:
         with swap(tracer.dispatch), witness:

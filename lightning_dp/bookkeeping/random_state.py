@@ -47,8 +47,19 @@ class RandomState:
     def differs_from(self, other: RandomState) -> bool:
         """Whether anything was drawn between the two states."""
         pairs = zip((self.cpu, *self.cuda), (other.cpu, *other.cuda), strict=True)
-        torch_differs = any(not torch.equal(mine, its) for mine, its in pairs)
-        return torch_differs or self.python != other.python or _plain(self.numpy) != _plain(other.numpy)
+        return any(not torch.equal(mine, its) for mine, its in pairs) or self.differs_elsewhere_from(other)
+
+    def differs_elsewhere_from(self, other: RandomState) -> bool:
+        """Whether Python or NumPy have drawn anything between the two states."""
+        return self.python != other.python or _plain(self.numpy) != _plain(other.numpy)
+
+
+def seed_elsewhere(seed: int) -> None:
+    """Let Python and NumPy draw what a seed decides; leave them as they are for the seed 0."""
+    if seed:
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed)
 
 
 def _plain(numpy: Any) -> Any:

@@ -39,8 +39,9 @@ class PublicPretraining(pl.Callback):
     | ``"sample"`` | b / (b + B), b and B the public and the expected private batch size | 0 |
 
     Guarantee: steps with alpha_t = 1 draw, read and spend nothing of the private data, so the noise is calibrated for
-    the others alone; with ``switch="plateau"`` when the switch comes, which public losses alone decide. Where alpha_t
-    is below 1 a step spends as much as any private step. What the public data is made of is not protected at all: give
+    the others alone; with ``switch="plateau"`` when the switch comes, which public losses alone decide (after private
+    steps, whose weights decide upon these, for all that may follow). Where alpha_t is below 1 a step spends as much as
+    any private step. What the public data is made of is not protected at all: give
     only what may be known to everybody.
 
     Public batches must look like private ones. The public data is, in YAML too, what the datamodule or the module

@@ -33,7 +33,7 @@ class PublicStream:
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
+        self.loader = self._loader = loader
         self._iterator: Iterator[Any] | None = None
         self._seed: int | None = None
         self._pass = self._taken = 0

@@ -28,6 +28,7 @@ from lightning_dp.bookkeeping import BookKeeping, Keeping, NotObserved
 from lightning_dp.data import Drawn, PhysicalBatch
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.strategies import checks
+from lightning_dp.strategies.apart import check_apart
 from lightning_dp.strategies.measuring import Step, fastest_size
 from lightning_dp.strategies.preparing import Prepared, look_again, prepare
 from lightning_dp.strategies.public_steps import PublicStepping, PublicSteps
@@ -142,7 +143,8 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
 
         prepared = self._begin(delivered, run_step)
         if self._public is not None:
-            self._public.run_beside(self._module, partial(self._run_public, run_step))
+            check = partial(check_apart, self._module, self._run, self._with_transfer(run_step), self._put)
+            self._public.run_beside(self._module, partial(self._run_public, run_step), check)
         for other in others:
             moved = PhysicalBatch(self._moved(other.data), other.num_rows, other.num_real)
             loss = checks.loss_of(self._forward(prepared, moved, run_step))

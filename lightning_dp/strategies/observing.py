@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping import BookKeeping, Keeping, Subject, self_check
 from lightning_dp.bookkeeping.interception import uncompiled
+from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.data import PoissonLoader
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.strategies.trials import ManualTrial, Trial
@@ -43,6 +44,7 @@ class Observer:
         self._module, self._loader, self._trial, self._mean_loss = module, loader, trial, mean_loss
         self._index: dict[str, int] = {}
         self._written: set[str] = set()
+        self._draws_elsewhere = False
         self.num_checked = 0
 
     def rehearse(self, trial: ManualTrial) -> tuple[list[Optimizer], set[Optimizer]]:
@@ -69,6 +71,22 @@ class Observer:
         with uncompiled():  # also where autograd is compared: compiled code may draw other random numbers
             self._observe(keeping, trained, check)
 
+    def after_each(self, run: Callable[[], T]) -> list[T]:
+        """Return what runs after a training step on the first sample, on the first again, and on each other one.
+
+        All begin with the same random numbers.
+        """
+        if not self._index:
+            self._choose_samples()
+        found = []
+        for sample in ("a", *self._index):
+            with undisturbed(self._module):
+                state = RandomState.of_all()
+                self._trial.loss(self.batch(sample))
+                state.restore()
+                found.append(run())
+        return found
+
     @property
     def num_samples(self) -> int:
         """How many samples were chosen to be looked at; 0 before."""
@@ -79,7 +97,8 @@ class Observer:
         if not self._index:
             self._choose_samples()
         rows = self._loader.units.examples_per_unit
-        keeping.observe(self._loss, varied=len(self._index) > 1, rows=rows)
+        varied = len(self._index) > 1
+        keeping.observe(self._loss, varied=varied, rows=rows, draws_elsewhere=self._draws_elsewhere)
 
     def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
         self.look(keeping)
@@ -121,7 +140,9 @@ class Observer:
         for index in self._varied([i for start in range(wanted) for i in spread[start::wanted]]):
             self._index = {"a": index}
             with undisturbed(self._module) as written:
-                loss = self._trial.loss(self.batch("aa"))
+                batch, before = self.batch("aa"), RandomState.of_all()
+                loss = self._trial.loss(batch)
+                self._draws_elsewhere |= before.differs_elsewhere_from(RandomState.of_all())
             self._written |= written.names
             if loss is None or bool(loss.isfinite()):
                 found.append(index)

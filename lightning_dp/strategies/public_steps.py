@@ -90,6 +90,7 @@ class PublicSteps:
         self._held_out: DataLoader[Any] | None = None
         self._run_step: Callable[[Any], Any] | None = None
         self._beside: dict[int, Tensor] | None = None
+        self._checked = False
 
     # ---- batches -----------------------------------------------------------------------------------------------
 
@@ -113,6 +114,7 @@ class PublicSteps:
             self._stream = PublicStream(self._train)
             if self._resumed is not None:
                 self._stream.load_state_dict(self._resumed)
+        check_public(self._stream.loader, run.loader.dataset)  # it goes on, whatever was returned now
         a_pass = len(run.loader) if isinstance(self._train.dataset, IterableDataset) else len(self._train)
         self.mixing.set_batch_sizes(self._train.batch_size, run.batch_size, a_pass)
 
@@ -183,7 +185,7 @@ class PublicSteps:
             PrivacyError: If it cannot be trained privately.
         """
         assert run.loader is not None, "settled with the dataloader"
-        self._run_step = run_step
+        self._run_step, self._checked = run_step, not run.settings.self_check
         begins, examples = self.mixing.weight(next_step(module.trainer)) == 1, self.examples()
         alone = run.loader.units.examples_per_unit == 1  # examples of one user may influence each other
         if begins and examples is not None and alone and run.settings.clipping_engine == "book":
@@ -225,7 +227,8 @@ class PublicSteps:
             f"Privacy: the public phase ends after {step} steps{self._reason}, and private steps begin. "
             f"{'The first moment of the optimizer is reset.' if reset else 'The optimizer keeps its state.'}"
         )
-        if self.mixing.settings.switch == PLATEAU:
+        # After releases the plateau may follow from them, and so would noise that is calibrated by when it comes.
+        if self.mixing.settings.switch == PLATEAU and not run.ledger.num_releases:
             run.settle(trainer, trainer.world_size)
 
     @property
@@ -236,17 +239,24 @@ class PublicSteps:
 
     # ---- public and private gradients in one step ----------------------------------------------------------------
 
-    def run_beside(self, module: pl.LightningModule, run: Callable[[Any], None]) -> None:
+    def run_beside(self, module: pl.LightningModule, run: Callable[[Any], None], check: Callable[[Any], None]) -> None:
         """Keep the public gradient of a step that has a private one, too.
 
         Args:
             module: The user's module.
             run: Runs the training step on a batch, forward and backward.
+            check: Looks at a public batch, once in a fit.
+
+        Raises:
+            PrivacyError: If the check does.
         """
         assert self._loader is not None, "it delivered the batch"
         self._beside, delivered = None, self._loader.delivered
         if delivered.weight == 0:
             return
+        if not self._checked:
+            check(delivered.public)
+            self._checked = True
         with gradients_put_aside(module.parameters()):
             run(delivered.public)
             self._beside = {id(p): p.grad for p in module.parameters() if p.grad is not None}

@@ -613,3 +613,66 @@ def test_weights():
     mixing = Mixing(MixingSettings("cosine", 0.5))
     assert mixing.first_private(0, 8) == 1
     assert [mixing.weight(t) for t in (0, 2, 4, 7)] == pytest.approx([1, 0.5, 0, 0])
+
+
+class Remembering(Regression):
+    """Pulls its outputs to where those of the batch before were, whosever that was."""
+
+    def __init__(self, keeps):
+        super().__init__(network())
+        self.keeps, self.before, self._hidden = keeps, torch.zeros(2, dtype=torch.float64), torch.zeros(2)
+
+    def training_step(self, batch, batch_idx):
+        out = self.net(batch[0])
+        loss = F.mse_loss(out, batch[1]) + F.mse_loss(out, self._hidden.to(out) + self.before.expand_as(out))
+        if self.keeps:
+            setattr(self, self.keeps, out.detach().mean(0))
+        return loss
+
+
+@pytest.mark.parametrize(("keeps", "engine"), [("before", "book"), ("_hidden", "loop")])
+@pytest.mark.parametrize("mix", ["cosine", "sample"])
+def test_public_gradients_made_of_what_a_private_step_left_are_refused(keeps, engine, mix):
+    strategy = ldp.DPStrategy(noise_multiplier=1.0, clipping_engine=engine)
+    with pytest.raises(ldp.UnsupportedModelError, match="public batch changed with the private example"):
+        fit(Remembering(keeps), ldp.PublicPretraining(public(), switch=1.0, mix=mix), strategy=strategy)
+
+
+def test_public_batches_that_go_on_are_compared_with_reloaded_private_data():
+    class Rotating(Regression):
+        def _part(self, shift):
+            first = (self.trainer.current_epoch + shift) % 2
+            return DataLoader(Subset(every, range(first, N, 2)), batch_size=3)
+
+        def train_dataloader(self):
+            return self._part(0)
+
+        def public_dataloader(self):
+            return self._part(1)
+
+    every, callback = examples(N), ldp.PublicPretraining(switch=1.0, mix="sample")
+    made = trainer(max_steps=STEPS, callbacks=[callback], reload_dataloaders_every_n_epochs=1)
+    with pytest.raises(ldp.PrivacyConfigurationError, match="has examples of the private training data"):
+        made.fit(Rotating(network()))
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_after_private_steps_a_plateau_does_not_change_the_noise(tmp_path, check_every):
+    """Weights that were released decide when it comes: noise that followed from it would be chosen by results."""
+    earlier = trainer(ldp.DPStrategy(noise_multiplier=3.0, target_delta=1e-3), max_steps=3)
+    model = module()
+    earlier.fit(model, loader(n=N, batch_size=3, dtype=torch.float64))
+    earlier.save_checkpoint(tmp_path / "private.ckpt")
+    strategy = ldp.DPStrategy(target_epsilon=8.0, target_delta=1e-3, changed_settings="new_phase")
+    callback = ldp.PublicPretraining(public(), patience=1, min_delta=100.0, check_every=check_every)
+    data = loader(n=N, batch_size=2, dtype=torch.float64)
+    fit(model, callback, data, 20, strategy, ckpt_path=tmp_path / "private.ckpt")
+    (first, _), (second, private_steps) = strategy.releases().items()
+    assert (first.noise_multiplier, private_steps) == (3.0, 20 - 3 - 2 * check_every)
+    curve = oracles.pld_epsilon([(0.25, 3.0, 3), (second.sample_rate, second.noise_multiplier, 17)], 1e-3)
+    assert curve == pytest.approx(8.0, rel=0.02)  # of all steps that might have been private
+
+
+def test_a_step_that_keeps_nothing_is_mixed():
+    made = fit(Remembering(""), ldp.PublicPretraining(public(), switch=1.0, mix="sample"))
+    assert made.strategy.num_releases == STEPS

@@ -1,9 +1,11 @@
 """The self-check: what it must catch, each with its own message, and what it must let pass."""
 
 import copy
+import random
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -581,3 +583,21 @@ def test_the_loop_and_the_book_agree():
     trainer(ldp.DPStrategy(noise_multiplier=0), max_steps=3).fit(first, data)
     trainer(ldp.DPStrategy(noise_multiplier=0, clipping_engine="loop"), max_steps=3).fit(second, data)
     assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.rand())])
+def test_mixing_that_python_or_numpy_decide_now_and_then_is_found(draw):
+    class Mixing(Regression):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            mixed = 0.7 * x + 0.3 * x.flip(0) if draw() < 0.5 else x
+            return F.mse_loss(self.net(mixed), y)
+
+    random.seed(2)
+    np.random.seed(0)
+    before = random.getstate(), np.random.get_state()
+    assert draw() > 0.5  # nothing is mixed in the first look
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    with pytest.raises(UNSUPPORTED, match="influence each other|no exact per-sample gradient"):
+        fit(Mixing())
