@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import _TunerExitException
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_dp.bookkeeping import Keeping
 from lightning_dp.bookkeeping.random_state import RandomState
@@ -171,7 +170,7 @@ class _Rehearsal:
         module: The user's module.
         run: The private run.
         moved: Does to a batch what is done before a training step.
-        step: The training step.
+        step: The training step of a batch, with a ``batch_idx`` if it is to be another than 0.
         put: Puts a `Stepping` behind the hooks of the strategy.
     """
 
@@ -186,11 +185,9 @@ class _Rehearsal:
         put: Callable[[Stepping], Stepping],
     ) -> None:
         self._plan, self._trainer, self._module, self._run = plan, trainer, module, run
-        self._moved, self._put = moved, put
+        self._moved, self._step, self._put = moved, step, put
         self._prepared: Prepared | None = None
         self._found: Found | None = None
-        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        self._step: Callable[..., Any] = lambda batch, at=0: step(batch, at) if takes_index else step(batch)
         self._is_loop = run.settings.clipping_engine == "loop" and module.automatic_optimization
 
     def run(self) -> None:

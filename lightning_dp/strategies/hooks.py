@@ -111,7 +111,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
             )
         self._forget()
         if self._rehearsal is not None:
-            self._rehearsal(self._run, self._moved, partial(Strategy.training_step, self), self._put)
+            self._rehearsal(self._run, self._moved, self._free_step, self._put)
         if self._public is not None:
             self._public.look(self._module, self._run, self._with_transfer(self._free_step), self._put)
 
