@@ -13,11 +13,9 @@ import lightning.pytorch as pl
 
 from lightning_dp.lightning_cli import DPLightningCLI
 from lightning_dp.strategies import DPStrategy
-from lightning_dp.tuning.fits import FullBatches, check_strategy, fit_and_score, trainer_settings
+from lightning_dp.tuning.fits import QUIET, FullBatches, check_strategy, fit_and_score, trainer_settings
 from lightning_dp.tuning.searching import FINAL
 from lightning_dp.tuning.trials import Trial
-
-_QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 
 
 class ConfiguredRuns:
@@ -32,7 +30,7 @@ class ConfiguredRuns:
 
     def __init__(self, arguments: tuple[str, ...], learning_rate: str, monitor: str, directory: Path) -> None:
         # Before the user's own, which may have them otherwise.
-        self._arguments = (*(f"--trainer.{name}=false" for name in _QUIET), *arguments)
+        self._arguments = (*(f"--trainer.{name}=false" for name in QUIET), *arguments)
         self._learning_rate, self._monitor, self._directory = learning_rate, monitor, directory
 
     def strategy(self) -> DPStrategy:

@@ -17,6 +17,9 @@ from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.tuning.trials import Trial
 
+QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+"""What the trainers of a search leave out, unless the user says otherwise."""
+
 Fit = Callable[[Trial, DPStrategy], float]
 """Makes a run by a strategy, and returns its score."""
 

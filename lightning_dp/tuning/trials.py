@@ -103,19 +103,18 @@ class Search:
             PrivacyBudgetExceeded: If what is left is less than the final run should have at the least.
             PrivacyError: If no run of a stage has a score.
         """
-        done, last = len(outcomes), len(self.plan.num_runs) - 1
-        if done >= self.num_runs:
+        done, stages = len(outcomes), [k for k, n in enumerate(self.plan.num_runs) for _ in range(n)]
+        if done >= len(stages):
             return None
-        if done == self.num_runs - 1:
+        stage, is_final = stages[done], done == len(stages) - 1
+        if is_final:
             mu = self.plan.final_mu(spent)
             epsilon = gaussian_epsilon(mu, self.plan.target_delta)
             setting = self.space.divided(self.line(outcomes)(epsilon))
         else:
-            stage = [k for k, n in enumerate(self.plan.num_runs) for _ in range(n)][done]
             epsilon, setting = self.plan.epsilons[stage], self._drawn()[done]
             mu = gaussian_mu(epsilon, self.plan.target_delta)
-        stage = last if done == self.num_runs - 1 else stage
-        return Trial(stage, stage == last, setting, epsilon, gaussian_noise(mu, setting.num_steps))
+        return Trial(stage, is_final, setting, epsilon, gaussian_noise(mu, setting.num_steps))
 
     def line(self, outcomes: Sequence[Outcome]) -> Line:
         """Return the line through the best r of each small stage.

@@ -13,17 +13,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_dp.strategies import DPStrategy
-from lightning_dp.tuning.fits import FullBatches, fit_and_score, trainer_settings
+from lightning_dp.tuning.fits import QUIET, FullBatches, fit_and_score, trainer_settings
 from lightning_dp.tuning.scaling import SearchSpace
 from lightning_dp.tuning.searching import FINAL, TuningResult, run_search, search_for
 from lightning_dp.tuning.trials import Trial
-
-_QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def tune(
@@ -92,7 +85,12 @@ def tune(
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
 
     def fit(trial: Trial, shared: DPStrategy) -> float:
-        arguments = {**_QUIET, **given, **trainer_settings(trial), "callbacks": [*callbacks, FullBatches()]}
+        arguments = {
+            **dict.fromkeys(QUIET, False),
+            **given,
+            **trainer_settings(trial),
+            "callbacks": [*callbacks, FullBatches()],
+        }
         one = pl.Trainer(**arguments, strategy=shared)
         module = make_module(trial.setting.lr)
         data = {"train_dataloaders": train_dataloader, "val_dataloaders": val_dataloader}
