@@ -1,6 +1,5 @@
 """Frozen features and the head on them."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
@@ -10,6 +9,7 @@ import lightning_dp as ldp
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.tuning import FrozenFeatures, LinearHead
 from lightning_dp.tuning.features import rescaled
+from tests.models import trainer
 
 
 def pairs(count=23, width=6, classes=3):
@@ -72,16 +72,8 @@ def test_the_head_takes_full_batch_steps_of_sgd_with_momentum():
     data = FrozenFeatures(nn.Identity(), pairs(40), norm=0.5)
     head = LinearHead(6, 3, lr=0.7)
     strategy = ldp.DPStrategy(noise_multiplier=1e-9)  # norms are below max_grad_norm=1, so nothing is clipped
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=5,
-        strategy=strategy,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(head, data.dataloader())
+    fit = trainer(strategy, max_steps=5)
+    fit.fit(head, data.dataloader())
     weight, velocity = torch.zeros(3, 6), torch.zeros(3, 6)
     targets = nn.functional.one_hot(data.labels, 3).float()
     for _ in range(5):
@@ -90,10 +82,10 @@ def test_the_head_takes_full_batch_steps_of_sgd_with_momentum():
         weight = weight - 0.7 * velocity
     torch.testing.assert_close(head.head.weight.detach(), weight, rtol=1e-4, atol=1e-6)
     assert strategy.sample_rate == 1
-    (accuracies,) = trainer.validate(head, DataLoader(data, batch_size=9), verbose=False)
+    (accuracies,) = fit.validate(head, DataLoader(data, batch_size=9), verbose=False)
     correct = ((data.features @ weight.T).argmax(1) == data.labels).float().mean()
     assert accuracies["val_accuracy"] == pytest.approx(float(correct), abs=0.03)
-    (tested,) = trainer.test(head, data.dataloader(), verbose=False)
+    (tested,) = fit.test(head, data.dataloader(), verbose=False)
     assert tested["test_accuracy"] == pytest.approx(accuracies["val_accuracy"])
 
 
@@ -102,14 +94,6 @@ def test_users_can_be_protected_with_all_their_features():
     users = ldp.PrivateDataset(data, user_ids=[i // 4 for i in range(40)], examples_per_user=4)
     loader = DataLoader(users, batch_size=40, collate_fn=data.dataloader().collate_fn)
     strategy = ldp.DPStrategy(noise_multiplier=3.0, target_delta=1e-3)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=2,
-        strategy=strategy,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(LinearHead(6, 3), loader)
+    fit = trainer(strategy, max_steps=2)
+    fit.fit(LinearHead(6, 3), loader)
     assert (strategy.sample_rate, strategy.unit, strategy.num_releases) == (1.0, "user", 2)
