@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -31,11 +33,14 @@ from torch import Tensor
 _REPEATS = 20
 """Many and short, so that one of them is likely to have the machine for itself."""
 
-_SIZES = {"cpu": (256, 2**24), "cuda": (4096, 2**25)}
-"""For the measurement: rows of a matrix, and elements that are moved: more than a cache holds, in new memory."""
+_SIZES = {"cpu": (256, 2**24, 2**19), "cuda": (4096, 2**26, 2**25)}
+"""For the measurement: rows of a matrix; elements of a tensor, more than a cache holds; how many are moved at once."""
 
 HALVED = 128
 """From so many positions on, a Gram matrix is made of three of its four quarters."""
+
+WORTHWHILE = 0.1
+"""The share of the time of a product that gradients must save if keeping them takes memory."""
 
 _FASTEST: dict[Hashable, str] = {}
 
@@ -56,11 +61,14 @@ class Rates:
         products: Multiply-adds per second in large matrix products.
         elements: Elements per second that are written, or read, in memory.
         call: Seconds that an operator takes however little it has to do.
+        touch: Seconds more that writing an element takes for the first time, if what was freed is given back to the
+            system, as the C library does between two batches.
     """
 
     products: float
     elements: float
     call: float = 0.0
+    touch: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,9 +109,11 @@ def cheapest(shape: Shape, rates: Rates, spare: int, kept: bool = True) -> Way:
         kept: Whether the gradients may be kept at all.
     """
     seconds = _seconds(shape, rates)
-    if not kept or shape.extra > spare:
-        del seconds[Way.KEPT]
-    return min(seconds, key=seconds.__getitem__)
+    keeping = seconds.pop(Way.KEPT)
+    way = min(seconds, key=seconds.__getitem__)
+    # Memory is spent only where it saves what can be felt.
+    least = WORTHWHILE * shape.kept * shape.positions / rates.products if shape.extra > 0 else 0.0
+    return Way.KEPT if kept and shape.extra <= spare and keeping + least < seconds[way] else way
 
 
 def _seconds(shape: Shape, rates: Rates) -> dict[Way, float]:
@@ -115,7 +125,7 @@ def _seconds(shape: Shape, rates: Rates) -> dict[Way, float]:
     calls = {Way.GHOST: 20 if t >= HALVED else 12, Way.KEPT: 5, Way.TILED: 5 * b}
     seconds = {
         Way.GHOST: grams + scaled,
-        Way.KEPT: written_and_read + shape.kept / rates.elements,  # read once more for the sum
+        Way.KEPT: written_and_read + shape.kept * (1 / rates.elements + rates.touch),  # read once more for the sum
         Way.TILED: product + written_and_read + scaled,
     }
     return {way: seconds[way] + calls[way] * rates.call for way in Way}
@@ -128,12 +138,22 @@ def rates_of(t: Tensor) -> Rates:
 
 @functools.cache
 def _measured(device: torch.device, dtype: torch.dtype, num_threads: int) -> Rates:
-    side, size = _SIZES.get(device.type, _SIZES["cpu"])
+    side, size, piece = _SIZES.get(device.type, _SIZES["cpu"])
     square, long = torch.ones(side, side, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
     products = side**3 / _shortest(lambda: square @ square, device)
-    elements = 2 * size / _shortest(lambda: long * 2, device, repeats=5)
+    # Piece by piece, each out of the memory and back: what comes next was pushed out of the cache long ago.
+    pieces = itertools.cycle(long.split(piece))
+    elements = 2 * piece / _shortest(lambda: next(pieces).mul_(1), device, repeats=size // piece)
+    # What an allocator has kept is not new to the system: of three tensors, one after the other, the fastest counts.
+    again, first = _filling(long, piece), min(_filling(torch.empty_like(long), piece) for _ in range(3))
     few = square[0, :1]
-    return Rates(products, elements, _shortest(lambda: few * 2, device))
+    return Rates(products, elements, _shortest(lambda: few * 2, device), max(0.0, first - again))
+
+
+def _filling(t: Tensor, piece: int) -> float:
+    """Return the seconds that writing an element of a tensor takes."""
+    pieces = t.split(piece)
+    return statistics.median(_shortest(one.zero_, t.device, repeats=1) for one in pieces) / piece
 
 
 def fastest(key: Hashable, ways: Mapping[str, Callable[[], object]], device: torch.device) -> str:
