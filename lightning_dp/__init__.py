@@ -1,6 +1,6 @@
 """Train any LightningModule with differential privacy: add ``DPStrategy`` to the ``Trainer``."""
 
-from lightning_dp.accounting import calibrate_noise_multiplier, compute_epsilon, max_steps
+from lightning_dp.accounting import Repetitions, calibrate_noise_multiplier, compute_epsilon, max_steps
 from lightning_dp.bookkeeping import register_rule
 from lightning_dp.callbacks import (
     BiasOnlyFinetuning,
@@ -32,7 +32,7 @@ from lightning_dp.missing_biases import add_missing_biases
 from lightning_dp.optimizers import DPAdamBC
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
-from lightning_dp.tuning import FrozenFeatures, LinearHead, SearchSpace, tune
+from lightning_dp.tuning import FrozenFeatures, LinearHead, SearchSpace, random_search, tune
 
 __version__ = "0.1.0"
 
@@ -57,6 +57,7 @@ __all__ = [
     "PrivacyReport",
     "PrivateDataset",
     "PublicPretraining",
+    "Repetitions",
     "SearchSpace",
     "Stage",
     "UnsupportedModelError",
@@ -67,6 +68,7 @@ __all__ = [
     "max_steps",
     "per_sample_mean",
     "plan",
+    "random_search",
     "register_rule",
     "tune",
 ]

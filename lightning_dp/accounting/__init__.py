@@ -5,12 +5,13 @@ sampling or the decision to stop; nothing here knows PyTorch or Lightning.
 
 The guarantee accounted for is ``P[M(D) in S] <= e^epsilon P[M(D') in S] + delta`` (Dwork et al. 2006) for data sets
 that differ by one unit: an example, or a user. Reading order: ``phases``, ``releases``, ``base``, ``rdp``, ``losses``,
-``prv``, ``pld``, ``fallback``, ``filter``, ``cross_check``, ``claims``, ``calibration``, ``curve``, ``ledger``,
-``journal``, ``reservation``, ``exact_count``, ``recovery``.
+``prv``, ``pld``, ``fallback``, ``filter``, ``repetitions``, ``best_of``, ``cross_check``, ``claims``, ``calibration``,
+``curve``, ``ledger``, ``journal``, ``reservation``, ``exact_count``, ``recovery``.
 """
 
 from lightning_dp.accounting.accountants import resolve_accountant
 from lightning_dp.accounting.base import Accountant
+from lightning_dp.accounting.best_of import RDPBestOf
 from lightning_dp.accounting.calibration import (
     Histories,
     calibrate,
@@ -32,6 +33,7 @@ from lightning_dp.accounting.prv import PRVAccountant
 from lightning_dp.accounting.rdp import RDPAccountant
 from lightning_dp.accounting.recovery import journal_places
 from lightning_dp.accounting.releases import Release, histories
+from lightning_dp.accounting.repetitions import Repetitions
 from lightning_dp.accounting.search import MAX_RELEASES
 
 __all__ = [
@@ -46,8 +48,10 @@ __all__ = [
     "PRVAccountant",
     "Phase",
     "RDPAccountant",
+    "RDPBestOf",
     "RDPFilter",
     "Release",
+    "Repetitions",
     "calibrate",
     "calibrate_noise_multiplier",
     "claim",

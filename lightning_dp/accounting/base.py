@@ -49,6 +49,12 @@ class Accountant(ABC):
     adaptive: bool = False
     """Whether noise and rate of a release may depend on all results before it, up to a target fixed beforehand."""
 
+    runs: float = 1.0
+    """How many runs like the given one are expected, of which the best alone is released."""
+
+    premise: str = ""
+    """What else its epsilon takes for granted, in words that follow a sentence."""
+
     most_kinds: int = 256
     """How many distinct pairs of noise and rate are accounted for one by one."""
 
@@ -87,7 +93,7 @@ class Accountant(ABC):
         if any(phase.noise_multiplier < _NO_NOISE for phase in merged):
             return math.inf
         # Not for an adaptive one: a filter watches one quantity, whichever way the run goes.
-        if not merged or (not self.adaptive and _total_variation(merged) <= delta):
+        if not merged or (not self.adaptive and self.runs * _total_variation(merged) <= delta):
             return 0.0
         merged = merge_phases(
             Phase(min(p.noise_multiplier, _MOST_NOISE), p.sample_rate, p.num_releases) for p in merged
@@ -134,7 +140,10 @@ def _rounded(phase: Phase, step: float, least_noise: float, most_rate: float) ->
 
 
 def _total_variation(phases: Sequence[Phase]) -> float:
-    """A bound on the total variation distance, which is delta at epsilon 0, by the triangle inequality."""
+    """A bound on the total variation distance, which is delta at epsilon 0, by the triangle inequality.
+
+    The best of K runs differs with at most ``E[K]`` times the probability with which one of them does.
+    """
     return sum(
         phase.num_releases * phase.sample_rate * float(erf(1 / (phase.noise_multiplier * math.sqrt(8))))
         for phase in phases

@@ -41,7 +41,7 @@ def claim(
         return "Nothing was released, so epsilon is 0."
     if any(phase.noise_multiplier == 0 for phase in merged):
         return "Something was released without noise, so there is no guarantee."
-    always, kinds = _ALWAYS.format(unit=unit), _KINDS if len(merged) > 1 else ""
+    always, kinds = _ALWAYS.format(unit=unit) + accountant.premise, _KINDS if len(merged) > 1 else ""
     if target_epsilon is None or epsilon > target_epsilon:
         return f"Epsilon and delta hold {always}{kinds}, and if results did not decide when to stop."
     target = f"The target epsilon {target_epsilon:g} and delta hold {always}"

@@ -43,6 +43,7 @@ class CrossChecked(Accountant):
     def __init__(self, accountant: Accountant) -> None:
         self._accountant = accountant
         self.name, self.adaptive, self.most_kinds = accountant.name, accountant.adaptive, accountant.most_kinds
+        self.runs, self.premise = accountant.runs, accountant.premise
         self.checked = isinstance(accountant, PRVAccountant) and dp_accounting_installed()
         if isinstance(accountant, PRVAccountant) and not self.checked:
             _say_unchecked('dp-accounting is not installed (`pip install "lightning-dp[pld]"`)')

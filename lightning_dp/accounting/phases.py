@@ -69,7 +69,7 @@ def check_noise_multiplier(value: object) -> float:
     Raises:
         PrivacyConfigurationError: Otherwise.
     """
-    return _check_real("noise_multiplier", value, "a finite number >= 0", low=0.0, low_open=False)
+    return check_real("noise_multiplier", value, "a finite number >= 0", low=0.0, low_open=False)
 
 
 def check_sample_rate(value: object) -> float:
@@ -78,7 +78,7 @@ def check_sample_rate(value: object) -> float:
     Raises:
         PrivacyConfigurationError: Otherwise.
     """
-    return _check_real("sample_rate", value, "a probability in (0, 1]", low=0.0, high=1.0)
+    return check_real("sample_rate", value, "a probability in (0, 1]", low=0.0, high=1.0)
 
 
 def check_delta(name: str, value: object) -> float:
@@ -87,7 +87,7 @@ def check_delta(name: str, value: object) -> float:
     Raises:
         PrivacyConfigurationError: Otherwise, naming the argument ``name``.
     """
-    return _check_real(name, value, "a probability in (0, 1)", low=0.0, high=1.0, high_open=True)
+    return check_real(name, value, "a probability in (0, 1)", low=0.0, high=1.0, high_open=True)
 
 
 def check_target_epsilon(value: object) -> float:
@@ -96,7 +96,7 @@ def check_target_epsilon(value: object) -> float:
     Raises:
         PrivacyConfigurationError: Otherwise.
     """
-    return _check_real("target_epsilon", value, "a finite number > 0 (in nats)", low=0.0)
+    return check_real("target_epsilon", value, "a finite number > 0 (in nats)", low=0.0)
 
 
 def check_count(name: str, value: object) -> int:
@@ -110,7 +110,7 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
-def _check_real(
+def check_real(
     name: str,
     value: object,
     expected: str,

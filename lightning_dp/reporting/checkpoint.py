@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 
-from lightning_dp.accounting import Accountant, Journal, Ledger, RDPFilter, journal_places, resolve_accountant
+from lightning_dp.accounting import (
+    Accountant,
+    Journal,
+    Ledger,
+    RDPBestOf,
+    RDPFilter,
+    journal_places,
+    resolve_accountant,
+)
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.plain import from_plain
 from lightning_dp.record import Point, Record, Watched
@@ -55,6 +63,7 @@ def report_of(checkpoint: Mapping[str, Any], path: Path, accountant: str | Accou
     """
     state = _private_state(checkpoint, path)
     record = from_plain(Record, state["record"], f"the privacy record in {path}")
+    _check_selected(accountant, record, path)
     chosen, ledger = _accountant(_ordered(accountant or record.accounting.accountant, state), record, path), Ledger()
     ledger.merge(state["ledger"])
     alone = AtCheckpoint(path.name, ledger.num_releases, spent(ledger.counts, chosen, record.accounting.delta))
@@ -80,6 +89,16 @@ def _accountant(accountant: str | Accountant, record: Record, path: Path) -> Acc
             f"no report of {path}: {error} A fit with an accountant of your own needs it again: "
             "lightning_dp.reporting.read_report(path, accountant)."
         ) from error
+
+
+def _check_selected(accountant: str | Accountant | None, record: Record, path: Path) -> None:
+    """Raise if another accountant would forget the other runs of a search."""
+    used = record.accounting.accountant
+    if accountant is not None and RDPBestOf.from_name(used) and resolve_accountant(accountant).name != used:
+        raise PrivacyConfigurationError(
+            f"no report of {path} by accountant={accountant!r}: it is the best of a random number of runs, and the "
+            f"others would be forgotten. Leave the accountant out: {used!r} counts them."
+        )
 
 
 def _private_state(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -195,10 +195,10 @@ def _privacy(
         num_releases=sum(counts.values()),
         steps_left=_steps_left(record, counts),
         accountant=AccountantUsed(accountant.name, _library_of(record, accountant)),
-        cross_check=_cross_check(counts, asked.delta),
+        cross_check=_cross_check(counts, asked.delta, accountant),
         claim=claim(phases, accountant, target_epsilon=asked.target_epsilon, epsilon=epsilon, unit=unit),
         # Of all phases together: the examples of one person may lie in several partitions.
-        groups=group_privacy(phases, asked.delta) if unit == "example" else (),
+        groups=group_privacy(phases, asked.delta) if unit == "example" and accountant.runs == 1 else (),
         at_checkpoint=at_checkpoint,
     )
 
@@ -217,8 +217,10 @@ def _library_of(record: Record, accountant: Accountant) -> str:
     return f"{name} {record.versions[name]}" if name in record.versions else name
 
 
-def _cross_check(counts: Mapping[Release, int], delta: float) -> CrossCheck:
+def _cross_check(counts: Mapping[Release, int], delta: float, accountant: Accountant) -> CrossCheck:
     all_phases = histories(counts)
     reason = next(filter(None, map(reason_against, all_phases)), None)
+    if accountant.runs != 1:
+        reason = "it knows one run, and epsilon is that of a search for the best of several"
     epsilon = None if reason else max(pld_epsilon(phases, delta) for phases in all_phases)
     return CrossCheck(library(), epsilon, reason)

@@ -79,10 +79,21 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         Raises:
             PrivacyConfigurationError: If they do not go together.
         """
-        arguments = {field.name: getattr(self._run.settings, field.name) for field in fields(PrivacySettings)}
-        strategy = type(self)(**{**arguments, **changes})
+        strategy = self.another(**changes)
         self._run.settings, strategy._run = strategy._run.settings, self._run
         return strategy
+
+    def another(self: S, **changes: Any) -> S:
+        """Return a strategy with the same arguments for a run of its own, with a ledger and a budget of its own.
+
+        Args:
+            **changes: Arguments that are others.
+
+        Raises:
+            PrivacyConfigurationError: If they do not go together.
+        """
+        arguments = {field.name: getattr(self._run.settings, field.name) for field in fields(PrivacySettings)}
+        return type(self)(**{**arguments, **changes})
 
     # ---- before the first step ---------------------------------------------------------------------------------
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_dp.accounting import Accountant, RDPBestOf
 from lightning_dp.bookkeeping import BookKeeping, Keeping
+from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.plain import from_plain, to_plain
 from lightning_dp.record import (
     AccountingRecord,
@@ -61,6 +63,24 @@ def plain_record(run: PrivateRun) -> dict[str, Any]:
 def earlier_record(state: Mapping[str, Any]) -> Record | None:
     """Return the facts about the fit before a checkpoint, if the checkpoint knows them."""
     return from_plain(Record, state["record"]) if "record" in state else None
+
+
+def check_selected(earlier: Record | None, accountant: Accountant) -> None:
+    """Raise if a run would go on from the best of several and forget the others.
+
+    Args:
+        earlier: The facts about the fit before a checkpoint.
+        accountant: Whose epsilon counts from now on.
+
+    Raises:
+        PrivacyConfigurationError: If it is not the one that accounts for the others.
+    """
+    before = RDPBestOf.from_name(earlier.accounting.accountant) if earlier else None
+    if before is not None and accountant.name != before.name:
+        raise PrivacyConfigurationError(
+            f"accountant={accountant.name!r} from a checkpoint that is the best of a random number of runs: the others "
+            f"would be forgotten. Give accountant={before.name!r}, which counts them and whatever follows."
+        )
 
 
 def training_record(module: pl.LightningModule, run: PrivateRun, found: Found, keeping: Keeping) -> TrainingRecord:

@@ -33,7 +33,7 @@ from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.fit_plan import FitPlan
 from lightning_dp.strategies.mixing import Mixing
 from lightning_dp.strategies.planning import next_step, planned_steps
-from lightning_dp.strategies.record import earlier_record, plain_record, record_of
+from lightning_dp.strategies.record import check_selected, earlier_record, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.terms import Terms
 
@@ -293,8 +293,9 @@ class PrivateRun:
         """Count every release that a checkpoint and the journals beside it know of."""
         self._agreed = dict(self._agreed_by_now)  # also of a fit of this process that the checkpoint knows nothing of
         if _CHECKPOINT_KEY in checkpoint:
-            self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
             earlier = earlier_record(checkpoint[_CHECKPOINT_KEY])
+            check_selected(earlier, self.settings.resolved_accountant())
+            self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
             self.training = self.training or (earlier.training if earlier else None)
             self.public_mix = self.public_mix or (earlier.public_mix if earlier else "")
             self._releases_per_draw = earlier.mechanism.releases_per_draw if earlier else 1

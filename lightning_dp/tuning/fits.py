@@ -1,27 +1,103 @@
-"""One run of a search: a fit on full batches, and its score.
+"""One run of a search: a fit, and its score.
 
-Owns: what a fit must keep to, so that it spends its share and its score means its setting. Does not own: the trainer
-and the model (``tune``, ``configured``) or which runs are made (``trials``).
+Owns: what a fit must keep to, so that it spends what it may and its score means its setting; fits from Python. Does not
+own: fits of a configuration (``configured``) or which runs are made (``trials``, ``candidates``).
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as pl
 
 from lightning_dp.accounting import PRVAccountant
+from lightning_dp.callbacks import PrivacyReport
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.strategies import DPStrategy
-from lightning_dp.tuning.trials import Trial
 
 QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 """What the trainers of a search leave out, unless the user says otherwise."""
 
-Fit = Callable[[Trial, DPStrategy], float]
+
+@dataclass(frozen=True)
+class Run:
+    """A fit of a search.
+
+    Args:
+        values: The hyper-parameters that are searched for, by name.
+        settings: Arguments of the trainer that follow from the search.
+        check: Refuses, before the first step, a fit that is not what is accounted for.
+        checkpoint: Where its weights go; ``None`` if nobody needs them.
+        is_secret: Whether nothing of it may be left behind but these weights, nor come into the next run.
+    """
+
+    values: Mapping[str, float]
+    settings: Mapping[str, Any]
+    check: pl.Callback
+    checkpoint: Path | None = None
+    is_secret: bool = False
+
+    def callbacks(self, given: Sequence[pl.Callback]) -> list[pl.Callback]:
+        """Return those of its trainer: the user's, and the check."""
+        kept = copy.deepcopy([one for one in given if not isinstance(one, PrivacyReport)]) if self.is_secret else given
+        return [*kept, self.check]
+
+
+Fit = Callable[[Run, DPStrategy], float]
 """Makes a run by a strategy, and returns its score."""
+
+
+class PythonRuns:
+    """Runs of modules and dataloaders, as Python has them.
+
+    Args:
+        make_module: Makes a module that is not trained yet, of the hyper-parameters.
+        train_dataloader: Private.
+        val_dataloader: Public.
+        monitor: Name of the validation metric.
+        trainer: Further arguments of every ``Trainer``.
+    """
+
+    def __init__(
+        self,
+        make_module: Callable[[Mapping[str, float]], pl.LightningModule],
+        train_dataloader: object,
+        val_dataloader: object,
+        monitor: str,
+        trainer: Mapping[str, Any] | None,
+    ) -> None:
+        self._make_module, self._monitor = make_module, monitor
+        self._data = {"train_dataloaders": train_dataloader, "val_dataloaders": val_dataloader}
+        self._trainer = dict(trainer or {})
+        self._callbacks = as_list(self._trainer.pop("callbacks", None))
+        self._before: weakref.ref[pl.LightningModule] | None = None
+
+    def __call__(self, run: Run, strategy: DPStrategy) -> float:
+        """Make a run, and return its score."""
+        arguments = {**dict.fromkeys(QUIET, False), **self._trainer, **run.settings}
+        trainer = pl.Trainer(**arguments, callbacks=run.callbacks(self._callbacks), strategy=strategy)
+        return fit_and_score(trainer, self._new_module(run.values), self._monitor, run, self._data)
+
+    def _new_module(self, values: Mapping[str, float]) -> pl.LightningModule:
+        module = self._make_module(values)
+        if self._before is not None and self._before() is module:
+            raise PrivacyConfigurationError(
+                f"make_module returned the {type(module).__name__} of the run before: expected a new one in every run, "
+                "which is not trained yet."
+            )
+        self._before = weakref.ref(module)
+        return module
+
+
+def as_list(callbacks: Any) -> list[pl.Callback]:
+    """Return a trainer's callbacks, given as a list, alone or not at all."""
+    return callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
 
 
 class FullBatches(pl.Callback):
@@ -36,27 +112,26 @@ class FullBatches(pl.Callback):
                 "batches. Give the DataLoader batch_size=len(dataset), as FrozenFeatures.dataloader() does; the memory "
                 "of a step is bounded by max_physical_batch_size."
             )
-        if not pl_module.automatic_optimization:
-            raise PrivacyConfigurationError(
-                f"automatic_optimization=False of {type(pl_module).__name__} in a search: expected one release in each "
-                "step, of one optimizer. Use automatic optimization."
-            )
+        check_automatic(pl_module)
 
 
-def trainer_settings(trial: Trial) -> dict[str, Any]:
-    """Return the arguments of a trainer that follow from a run: its steps, and no validation on the way."""
-    steps = trial.setting.num_steps
-    return {"max_steps": steps, "max_epochs": -1, "check_val_every_n_epoch": steps + 1, "num_sanity_val_steps": 0}
+def check_automatic(module: pl.LightningModule) -> None:
+    """Raise if the number of releases does not follow from the number of steps."""
+    if not module.automatic_optimization:
+        raise PrivacyConfigurationError(
+            f"automatic_optimization=False of {type(module).__name__} in a search: expected one release in each "
+            "step, of one optimizer. Use automatic optimization."
+        )
 
 
-def fit_and_score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str, trial: Trial, data: Any) -> float:
+def fit_and_score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str, run: Run, data: Any) -> float:
     """Make a run.
 
     Args:
-        trainer: With `trainer_settings` and `FullBatches`.
+        trainer: With the settings and the check of the run.
         module: Not trained yet.
         monitor: Name of the validation metric.
-        trial: Which run.
+        run: Which run.
         data: Keyword arguments of ``fit``.
 
     Returns:
@@ -68,16 +143,19 @@ def fit_and_score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str,
     validation = {name: value for name, value in data.items() if name != "train_dataloaders"}
     validation = {"dataloaders" if name == "val_dataloaders" else name: v for name, v in validation.items()}
     _score(trainer, module, monitor, validation)  # whatever is wrong with it is found before anything is spent
-    before = trainer.strategy.num_releases  # type: ignore[attr-defined]
+    strategy: Any = trainer.strategy
+    before = strategy.num_releases
     trainer.fit(module, **data)
-    made = trainer.strategy.num_releases - before  # type: ignore[attr-defined]
-    if made != trial.setting.num_steps:
+    made, planned = strategy.num_releases - before, strategy.budget.planned_steps
+    if made != planned:
         raise PrivacyError(
-            f"a run of the search ended after {made} of {trial.setting.num_steps} steps, and its score would be that "
-            "of another setting. What it spent stays spent. Leave out what ends a fit early, such as EarlyStopping and "
-            "max_time."
+            f"a run of the search ended after {made} of {planned} steps, and its score would be that of another "
+            "setting. What it spent stays spent. Leave out what ends a fit early, such as EarlyStopping and max_time."
         )
-    return _score(trainer, module, monitor, validation)
+    score = _score(trainer, module, monitor, validation)
+    if run.checkpoint is not None:
+        trainer.save_checkpoint(run.checkpoint)
+    return score
 
 
 def check_strategy(strategy: object) -> DPStrategy:
@@ -106,10 +184,30 @@ def check_strategy(strategy: object) -> DPStrategy:
             )
     if not isinstance(settings.resolved_accountant(), PRVAccountant):
         raise PrivacyConfigurationError(
-            f"accountant={settings.accountant!r} of a search: expected 'prv', which is exact for full batches; the "
-            "shares of the runs are divided by the same formula."
+            f"accountant={settings.accountant!r} of a search: expected 'prv', the default: a search accounts for its "
+            "runs in a way of its own."
         )
     return strategy
+
+
+def budget_of(strategy: DPStrategy, selection: str) -> tuple[float, float]:
+    """Return the target epsilon and the delta of a search.
+
+    Args:
+        strategy: A new one, with target and delta.
+        selection: ``"public"``.
+
+    Raises:
+        PrivacyConfigurationError: If the strategy does not go with a search, or the validation data that chooses is not
+            said to be public.
+    """
+    if selection != "public":
+        raise PrivacyConfigurationError(
+            f"selection={selection!r}: expected 'public'. Scores on private validation data would choose without being "
+            "paid for. Hold out public data of the same kind, or choose settings on public data alone."
+        )
+    settings = check_strategy(strategy)._run.settings
+    return cast(float, settings.target_epsilon), cast(float, settings.target_delta)
 
 
 def _score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str, data: Mapping[str, Any]) -> float:

@@ -1,13 +1,14 @@
 """The record of a search on disk, so that one that was interrupted goes on with what it has spent.
 
-Owns: the file ``search.json``: what the search is, the runs that were made, and the ledger. Does not own: releases of a
-run that was interrupted, which the journal beside it knows (``accounting.journal``).
+Owns: the file ``search.json``, and what it holds of a search by linear scaling: the runs that were made, and the
+ledger. Does not own: what it holds of a random search (``candidates``), or releases of a run that was interrupted: the
+journal beside it knows them (``accounting.journal``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,33 +27,19 @@ except ImportError:  # not on Windows
 _NAME, _VERSION = "search.json", 1
 
 
-class History:
-    """The runs that a search has made.
-
-    Guarantee: a run is on disk before the next one begins, and the ledger before the first release, so that the journal
-    in this directory is recognised as its continuation.
+class SearchFile:
+    """The file of one search, for one process at a time.
 
     Args:
         directory: Made if it is not there.
-        search: What is searched for, and by what shares.
+        search: All that the search follows from, a dataclass: a directory belongs to one search.
+        names: What the file holds beside.
     """
 
-    def __init__(self, directory: Path, search: Search) -> None:
+    def __init__(self, directory: Path, search: Any, names: Set[str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.directory, self._terms = directory, json.loads(json.dumps(asdict(search)))
-        self.ledger: Mapping[str, Any] | None = None
-        self.outcomes: list[Outcome] = []
-
-    def read(self) -> None:
-        """Find out what was made before.
-
-        Raises:
-            PrivacyConfigurationError: If the directory belongs to another search, or to a run that is none.
-            PrivacyError: If the file cannot be read.
-        """
-        state = self._read()
-        if state is not None:
-            self.ledger, self.outcomes = state["ledger"], [_outcome(row) for row in state["outcomes"]]
+        self.directory, self._names = directory, names
+        self._terms: dict[str, Any] = json.loads(json.dumps(asdict(search)))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -74,17 +61,18 @@ class History:
                 ) from error
             yield
 
-    def write(self, ledger: Mapping[str, Any]) -> None:
-        """Keep everything on disk.
-
-        Args:
-            ledger: Its state.
-        """
-        outcomes = [{**to_plain(one), "score": repr(one.score)} for one in self.outcomes]  # JSON has no NaN
-        state = {"version": _VERSION, "search": self._terms, "outcomes": outcomes, "ledger": ledger}
+    def put(self, state: Mapping[str, Any]) -> None:
+        """Keep what the file holds beside the search on disk."""
+        state = {"version": _VERSION, "search": self._terms, **state}
         replace_file(self.directory / _NAME, json.dumps(state, indent=1))
 
-    def _read(self) -> dict[str, Any] | None:
+    def get(self) -> dict[str, Any] | None:
+        """Return what was kept; ``None`` if nothing was.
+
+        Raises:
+            PrivacyConfigurationError: If the directory belongs to another search, or to a run that is none.
+            PrivacyError: If the file cannot be read.
+        """
         path = self.directory / _NAME
         if not path.exists():
             if any(self.directory.glob("privacy-journal-*.json")):
@@ -96,7 +84,7 @@ class History:
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             version, terms = state["version"], state["search"]
-            if version != _VERSION or not isinstance(terms, dict) or not {"outcomes", "ledger"} <= state.keys():
+            if version != _VERSION or not isinstance(terms, dict) or not self._names <= state.keys():
                 raise ValueError(f"version {version}")
         except (ValueError, KeyError, TypeError) as error:
             raise PrivacyError(
@@ -117,6 +105,38 @@ class History:
                 f"directory={str(self.directory)!r} holds another search: {'; '.join(changed)}. Go on with that one as "
                 "it was, or give another directory: a new search has a budget of its own, on top of what was spent."
             )
+
+
+class History(SearchFile):
+    """The runs that a search by linear scaling has made.
+
+    Guarantee: a run is on disk before the next one begins, and the ledger before the first release, so that the journal
+    in this directory is recognised as its continuation.
+
+    Args:
+        directory: Made if it is not there.
+        search: What is searched for, and by what shares.
+    """
+
+    def __init__(self, directory: Path, search: Search) -> None:
+        super().__init__(directory, search, {"outcomes", "ledger"})
+        self.ledger: Mapping[str, Any] | None = None
+        self.outcomes: list[Outcome] = []
+
+    def read(self) -> None:
+        """Find out what was made before; see `get` for what it raises."""
+        state = self.get()
+        if state is not None:
+            self.ledger, self.outcomes = state["ledger"], [_outcome(row) for row in state["outcomes"]]
+
+    def write(self, ledger: Mapping[str, Any]) -> None:
+        """Keep everything on disk.
+
+        Args:
+            ledger: Its state.
+        """
+        outcomes = [{**to_plain(one), "score": repr(one.score)} for one in self.outcomes]  # JSON has no NaN
+        self.put({"outcomes": outcomes, "ledger": ledger})
 
 
 def _outcome(row: Mapping[str, Any]) -> Outcome:

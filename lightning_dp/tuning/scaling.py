@@ -54,15 +54,15 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        object.__setattr__(self, "lr", _pair("lr", self.lr))
-        object.__setattr__(self, "num_steps", _pair("num_steps", self.num_steps))
+        object.__setattr__(self, "lr", search_range("lr", self.lr))
+        object.__setattr__(self, "num_steps", search_range("num_steps", self.num_steps))
         for value in self.num_steps:
             check_count("num_steps", value)
 
     def draw(self, rng: random.Random) -> Setting:
         """A random setting: the logarithms of both are uniform."""
-        steps = round(math.exp(rng.uniform(*map(math.log, self.num_steps))))
-        return Setting(math.exp(rng.uniform(*map(math.log, self.lr))), steps)
+        steps = round(log_uniform(rng, self.num_steps))
+        return Setting(log_uniform(rng, self.lr), steps)
 
     def divided(self, r: float) -> Setting:
         """The setting with this r whose learning rate and steps lie equally far up in their ranges, as logarithms.
@@ -119,9 +119,18 @@ class Line:
         return cls(slope, mean - slope * centre) if slope >= 0 else cls(0.0, max(points)[1])
 
 
-def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
-    """A range of positive numbers."""
+def search_range(name: str, values: Sequence[float]) -> tuple[float, float]:
+    """Return a range of positive numbers, the least first.
+
+    Raises:
+        PrivacyConfigurationError: If it is none.
+    """
     pair = tuple(values)
     if len(pair) != 2 or not all(math.isfinite(value) and value > 0 for value in pair) or pair[0] > pair[1]:
         raise PrivacyConfigurationError(f"{name}={values!r} to search in: expected two numbers, 0 < least <= largest.")
     return pair
+
+
+def log_uniform(rng: random.Random, within: tuple[float, float]) -> float:
+    """A random number of a range, whose logarithm is uniform."""
+    return math.exp(rng.uniform(*map(math.log, within)))

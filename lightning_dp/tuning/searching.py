@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.strategies import DPStrategy
-from lightning_dp.tuning.fits import Fit, check_strategy
+from lightning_dp.tuning.fits import Fit, FullBatches, Run, budget_of
 from lightning_dp.tuning.history import History
 from lightning_dp.tuning.shares import SearchPlan
-from lightning_dp.tuning.trials import Outcome, Search
+from lightning_dp.tuning.trials import Outcome, Search, Trial
 
 FINAL = "final.ckpt"
 
@@ -96,10 +95,17 @@ def _make_runs(search: Search, strategy: DPStrategy, history: History, fit: Fit)
     history.write(run.ledger.state_dict())
     while (trial := search.next(history.outcomes, run.ledger.phases)) is not None:
         strategy = strategy.successor(noise_multiplier=trial.noise_multiplier, changed_settings="new_phase")
-        score = fit(trial, strategy)
+        score = fit(_run(trial, history.directory), strategy)
         setting = trial.setting
         history.outcomes.append(Outcome(trial.stage, trial.epsilon, setting.lr, setting.num_steps, score))
         history.write(run.ledger.state_dict())
+
+
+def _run(trial: Trial, directory: Path) -> Run:
+    """The run as a fit: its steps, and no validation on the way."""
+    steps = trial.setting.num_steps
+    settings = {"max_steps": steps, "max_epochs": -1, "check_val_every_n_epoch": steps + 1, "num_sanity_val_steps": 0}
+    return Run({"lr": trial.setting.lr}, settings, FullBatches(), directory / FINAL if trial.is_final else None)
 
 
 def search_for(
@@ -123,11 +129,5 @@ def search_for(
         PrivacyConfigurationError: If one of them does not go with a search, or the validation data that chooses is not
             said to be public.
     """
-    if selection != "public":
-        raise PrivacyConfigurationError(
-            f"selection={selection!r}: expected 'public'. Scores on private validation data would choose without being "
-            "paid for. Hold out public data of the same kind, or choose settings on public data alone."
-        )
-    settings = check_strategy(strategy)._run.settings
-    target, delta = cast(float, settings.target_epsilon), cast(float, settings.target_delta)
+    target, delta = budget_of(strategy, selection)
     return Search(SearchPlan.within(target, delta, small_epsilons=small_epsilons, num_runs=num_runs), **search)

@@ -84,8 +84,7 @@ class Search:
 
     def __post_init__(self) -> None:
         """Check the mode."""
-        if self.mode not in ("max", "min"):
-            raise PrivacyConfigurationError(f"mode={self.mode!r}: expected 'max' or 'min'.")
+        check_mode(self.mode)
 
     @property
     def num_runs(self) -> int:
@@ -137,9 +136,20 @@ class Search:
                 f"no run at epsilon={self.plan.epsilons[stage]:g} has a number as {self.monitor!r}: there is no best "
                 "one to go on from. Begin a new search, with smaller learning rates and a budget of its own."
             )
-        return max(scored, key=lambda one: one.score if self.mode == "max" else -one.score)
+        return max(scored, key=lambda one: signed(one.score, self.mode))
 
     def _drawn(self) -> list[Setting]:
         """The settings of all small runs, the same in every process."""
         rng = random.Random(self.seed)
         return [self.space.draw(rng) for _ in range(self.num_runs - 1)]
+
+
+def check_mode(mode: str) -> None:
+    """Raise if this is no way to choose."""
+    if mode not in ("max", "min"):
+        raise PrivacyConfigurationError(f"mode={mode!r}: expected 'max' or 'min'.")
+
+
+def signed(score: float, mode: str) -> float:
+    """A number that is larger for a better score."""
+    return score if mode == "max" else -score

@@ -1,6 +1,6 @@
-"""`tune`: a private search from Python.
+"""`tune` and `random_search`: private searches from Python.
 
-Owns: its arguments, and the trainers of its runs. Does not own: the search (``searching``).
+Owns: their arguments. Does not own: the searches (``searching``, ``random_search``) or their runs (``fits``).
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_dp.accounting import Repetitions
 from lightning_dp.strategies import DPStrategy
-from lightning_dp.tuning.fits import QUIET, FullBatches, fit_and_score, trainer_settings
+from lightning_dp.tuning.candidates import RandomSearch
+from lightning_dp.tuning.fits import PythonRuns, budget_of
+from lightning_dp.tuning.random_search import RandomSearchResult, run_random_search
 from lightning_dp.tuning.scaling import SearchSpace
-from lightning_dp.tuning.searching import FINAL, TuningResult, run_search, search_for
-from lightning_dp.tuning.trials import Trial
+from lightning_dp.tuning.searching import TuningResult, run_search, search_for
 
 
 def tune(
@@ -80,23 +82,63 @@ def tune(
         mode=mode,
         seed=seed,
     )
-    given = dict(trainer or {})
-    callbacks = given.pop("callbacks", None) or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-
-    def fit(trial: Trial, shared: DPStrategy) -> float:
-        arguments = {
-            **dict.fromkeys(QUIET, False),
-            **given,
-            **trainer_settings(trial),
-            "callbacks": [*callbacks, FullBatches()],
-        }
-        one = pl.Trainer(**arguments, strategy=shared)
-        module = make_module(trial.setting.lr)
-        data = {"train_dataloaders": train_dataloader, "val_dataloaders": val_dataloader}
-        score = fit_and_score(one, module, monitor, trial, data)
-        if trial.is_final:
-            one.save_checkpoint(Path(directory) / FINAL)
-        return score
-
+    fit = PythonRuns(lambda values: make_module(values["lr"]), train_dataloader, val_dataloader, monitor, trainer)
     return run_search(search, strategy, Path(directory), fit)
+
+
+def random_search(
+    make_module: Callable[..., pl.LightningModule],
+    train_dataloader: object,
+    val_dataloader: object,
+    *,
+    strategy: DPStrategy,
+    selection: str,
+    space: Mapping[str, tuple[float, float]],
+    repetitions: Repetitions | None = None,
+    monitor: str = "val_accuracy",
+    mode: str = "max",
+    directory: str | os.PathLike[str] = "random_search",
+    trainer: Mapping[str, Any] | None = None,
+) -> RandomSearchResult:
+    """Train a random number of times with random hyper-parameters, and release the best (arXiv 1811.07971, 2110.03620).
+
+    Epsilon of the whole search is about twice that of one run where 10 are expected, and noise is calibrated so that it
+    is within ``target_epsilon``. Batches may be sampled; noise, sample rate and steps are the same in every run.
+
+    Guarantee: whoever sees the result, and nothing else, has seen an output that is ``target_epsilon``-private at
+    ``target_delta``; that covers the choice. It does NOT hold for whoever learns anything else: the number of runs, how
+    long the search took, or logs, scores and weights of the other runs. The directory is private until the search has
+    ended; then it holds nothing of them. The number of runs is drawn by this function and must not be chosen, nor a
+    search begun again because of what was seen of it. Not covered: the validation data.
+
+    Args:
+        make_module: Makes a module that is not trained yet, of the hyper-parameters, given by name.
+        train_dataloader: As for an ordinary fit; ``batch_size`` is the expected size of a logical batch.
+        val_dataloader: Public data that the best run is chosen by.
+        strategy: A new one, with ``target_epsilon`` and ``target_delta`` for the whole search.
+        selection: ``"public"``: says that the validation data is.
+        space: The least and the largest value of every hyper-parameter; their logarithms are uniform. None of them may
+            change noise, batch size or steps.
+        repetitions: The distribution of the number of runs. Default: geometric, 10 expected.
+        monitor: What ``validation_step`` logs and is to choose.
+        mode: ``"max"`` or ``"min"``.
+        directory: Of this search alone; a search that was interrupted goes on there.
+        trainer: Further arguments of every ``Trainer``, such as ``max_epochs``.
+
+    Raises:
+        PrivacyConfigurationError: If the arguments do not go together, the directory belongs to another search, or a
+            run would have another mechanism.
+        PrivacyError: If no run has a score.
+
+    Example:
+        >>> result = random_search(  # doctest: +SKIP
+        ...     lambda lr: MyModule(lr=lr), train_dataloader, public_dataloader, selection="public",
+        ...     strategy=DPStrategy(target_epsilon=3.0, target_delta=1e-5), space={"lr": (0.01, 1.0)},
+        ...     trainer={"max_epochs": 10},
+        ... )
+        >>> result.print()  # doctest: +SKIP
+    """
+    target, delta = budget_of(strategy, selection)
+    search = RandomSearch(target, delta, repetitions or Repetitions(), space, monitor, mode)
+    fit = PythonRuns(lambda values: make_module(**values), train_dataloader, val_dataloader, monitor, trainer)
+    return run_random_search(search, strategy, Path(directory), fit)
