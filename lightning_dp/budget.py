@@ -69,6 +69,11 @@ class PrivacyBudget:
         self._table: EpsilonTable | None = None
         self._horizon = 0
 
+    def keep_in(self, ledger: Ledger, journal: Journal) -> PrivacyBudget:
+        """Book in another ledger of the same releases: another process has computed this budget. Return itself."""
+        self._ledger, self._journal = ledger, journal
+        return self
+
     @property
     def step(self) -> int:
         """The step that comes next."""

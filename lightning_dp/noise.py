@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -92,6 +93,26 @@ class SecretRandom:
         if self._process != os.getpid():
             self.__init__()  # type: ignore[misc]
         return self._cpu
+
+
+class SharedRandom:
+    """Random numbers that several processes draw alike, from a key that only they know.
+
+    Guarantee: the key is kept in this object alone, which can neither be copied nor pickled.
+
+    Args:
+        key: 128 bits.
+    """
+
+    def __init__(self, key: int) -> None:
+        self._generator = np.random.Generator(np.random.PCG64DXSM(key))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("random numbers that processes share are secret: they cannot be copied or pickled.")
+
+    def uniform(self, size: int) -> Tensor:
+        """Return ``size`` independent values in [0, 1), in float64 on the CPU."""
+        return torch.from_numpy(self._generator.random(size))
 
 
 def _batches(pieces: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:

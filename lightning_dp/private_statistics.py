@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_dp.processes import Processes
+
 
 class PrivateStatistics:
     """Collects over the physical batches of one logical batch.
@@ -48,6 +50,11 @@ class PrivateStatistics:
         """Add the mean loss of a physical batch with so many drawn samples."""
         if num_real:
             self._losses.append((mean_loss.detach(), num_real))
+
+    def join(self, processes: Processes) -> None:
+        """Collect over all processes, too: those without samples add nothing."""
+        norms, clipped, losses = zip(*processes.gather((self._norms, self._clipped, self._losses)), strict=True)
+        self._norms, self._clipped, self._losses = sum(norms, []), sum(clipped, []), sum(losses, [])
 
     def values(self) -> dict[str, float]:
         """Return ``clipped_share``, ``grad_norm`` (the median) and ``train_loss``, as far as there was something."""

@@ -3,12 +3,17 @@
 Owns: the buffers of the clipped sums, and ``.grad``. Does not own: how gradients of samples are found
 (``bookkeeping``), when a step ends (``strategies``) or what it costs (``accounting``). Knows nothing of Lightning.
 
+On W processes each adds noise of ``1 / sqrt(W)`` of the standard deviation to its own sum, from a generator of its own;
+then the sums are added up. The variance of W such noises is that of one, and no process has to have all of it.
+
 DP-SGD, arXiv 1607.00133, algorithm 1, with Poisson sampling and division by the *expected* batch size:
 ``grad = (sum_i clip(g_i) + N(0, (noise_multiplier * sensitivity)^2)) / expected_batch_size``.
 """
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -19,6 +24,7 @@ from lightning_dp.clipping import NormClipping, Part, checked_parts
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
 from lightning_dp.private_statistics import PrivateStatistics
+from lightning_dp.processes import Processes
 from lightning_dp.quantile_bound import QuantileBound
 
 
@@ -32,6 +38,7 @@ class PrivateStep:
     | empty draw | noise |
     | a sample with a gradient that is not finite | the others, and noise; per group, where groups are clipped |
     | a parameter that no sample used | noise |
+    | a process without samples | those of the other processes, and noise |
 
     Args:
         parameters: The trained parameters, by name.
@@ -39,6 +46,7 @@ class PrivateStep:
         mean_loss: Whether the loss is the mean over a physical batch, rather than the sum.
         statistics: Collects what is not private, if the user has asked for it.
         bound: Moves the bound of `AdaptiveClipping`; without one it stays where it is.
+        processes: Share out the samples of a logical batch.
     """
 
     def __init__(
@@ -49,13 +57,14 @@ class PrivateStep:
         mean_loss: bool = True,
         statistics: PrivateStatistics | None = None,
         bound: QuantileBound | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self._parameters, self._noise, self._mean_loss = dict(parameters), noise, mean_loss
-        self._statistics, self._bound = statistics, bound
+        self._statistics, self._bound, self._processes = statistics, bound, processes or Processes()
         self._mechanism: Mechanism | None = None
         self._parts: Sequence[Part] = ()
         self._sums: dict[str, Tensor] = {}
-        self._logical_batches = 0
+        self._logical_batches = self._at = self._released = 0
 
     @property
     def num_pending(self) -> int:
@@ -67,12 +76,14 @@ class PrivateStep:
         """Standard deviation of the noise in each coordinate of the gradients that the last release wrote."""
         return self._begun.noise_std / self._begun.expected_batch_size
 
-    def begin(self, mechanism: Mechanism) -> None:
+    def begin(self, mechanism: Mechanism, at: int = 0) -> None:
         """Begin a logical batch.
 
         Args:
             mechanism: Clipping, noise and expected batch size.
+            at: Which one of the run: all processes must release the same one.
         """
+        self._at, self._released = at, 0
         if self._bound is not None:
             mechanism = self._bound.begin(mechanism)
         before, self._mechanism = self._mechanism, mechanism
@@ -133,20 +144,31 @@ class PrivateStep:
 
         Args:
             names: The parameters to release, if not all of them.
+
+        Raises:
+            PrivacyError: If other processes release something else.
         """
         released = {name: self._sum_of(name) for name in (self._parameters if names is None else names)}
         self._add_noise(released.values())
+        self._processes.add_up(released.values(), self._tag(len(released)))
         for name, noisy in released.items():
             parameter = self._parameters[name]
             parameter.grad = noisy.to(parameter)
         if self._bound is not None:
-            self._bound.move(self._noise)
+            self._bound.move(self._noise, self._processes)
+        if self._statistics is not None:
+            self._statistics.join(self._processes)
         self.drop()
 
     def drop(self) -> None:
         """Forget what was collected."""
         self._sums.clear()
         self._logical_batches = 0
+
+    def _tag(self, num_parameters: int) -> int:
+        """Return a number that says what is released: which step, which time in it, and of how many parameters."""
+        self._released += 1
+        return zlib.crc32(repr((self._at, self._released, num_parameters)).encode())
 
     @property
     def _begun(self) -> Mechanism:
@@ -162,10 +184,11 @@ class PrivateStep:
         return clipped
 
     def _add_noise(self, sums: Collection[Tensor]) -> None:
-        """Add the noise, and divide by the expected batch size."""
+        """Add this process's share of the noise, and divide by the expected batch size."""
         mechanism = self._begun
         if mechanism.noise_std > 0:
-            self._noise.add_normal(sums, mechanism.noise_std, mechanism.expected_batch_size)
+            std = mechanism.noise_std / math.sqrt(self._processes.size)
+            self._noise.add_normal(sums, std, mechanism.expected_batch_size)
         else:
             for clipped in sums:
                 clipped.div_(mechanism.expected_batch_size)

@@ -23,6 +23,7 @@ from lightning_dp.clipping.adaptive import COUNT_SENSITIVITY
 from lightning_dp.errors import PrivacyError
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
+from lightning_dp.processes import Processes
 
 _SMALLEST, _LARGEST = 1e-20, 1e20
 """The bound stays within these, whatever the noise: its square is then a number in float32."""
@@ -61,15 +62,22 @@ class QuantileBound:
         below = (norm <= self.clipping.max_grad_norm).double()
         self._counts.append(((2 * below - 1) * COUNT_SENSITIVITY).sum().view(1))
 
-    def move(self, noise: SecretRandom) -> None:
-        """Release the count of the logical batch, and move the bound for the next one."""
+    def move(self, noise: SecretRandom, processes: Processes | None = None) -> None:
+        """Release the count of the logical batch, and move the bound for the next one.
+
+        Args:
+            noise: Where noise is drawn.
+            processes: Each has counted its own samples; the bound is the same in all of them afterwards.
+        """
+        together = processes or Processes()
         mechanism, clipping = self._mechanism, self.clipping
         assert mechanism is not None, "a logical batch is begun before anything is released"
         count = torch.cat([count.cpu() for count in self._counts]).sum().view(1) if self._counts else torch.zeros(1)
         count = count.double()
         std = clipping.count_noise(mechanism.noise_multiplier, mechanism.expected_batch_size)
         if std > 0:
-            noise.add_normal([count], std)
+            noise.add_normal([count], std / math.sqrt(together.size))
+        together.add_up([count])
         self._counts.clear()
         share = float(count) / mechanism.expected_batch_size + COUNT_SENSITIVITY
         exponent = -clipping.learning_rate * (share - clipping.quantile)

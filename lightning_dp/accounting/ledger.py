@@ -54,6 +54,23 @@ class Ledger:
             self._recount()
         return self._own[1]
 
+    def continue_as(self, segment: str) -> None:
+        """Extend the segment of the first of several processes that make every release together.
+
+        They book the same releases, and a release counts once: so they have one segment, and one of them writes it.
+
+        Args:
+            segment: Of that process: its `own_segment`.
+        """
+        before = self.own_segment
+        if segment == before:
+            return
+        if not self._segments[before]:
+            del self._segments[before]
+        self._own = os.getpid(), segment
+        self._segments.setdefault(segment, {})
+        self._recount()
+
     @property
     def segment_ids(self) -> frozenset[str]:
         """The ids of all processes that took part in this history."""
@@ -143,6 +160,9 @@ class Ledger:
             segment = self._segments.setdefault(name, {})
             for release, count in loaded.items():
                 segment[release] = max(count, segment.get(release, 0))
+        own = self._own[1] if self._own is not None else ""
+        if own in self._segments and not self._segments[own]:
+            self._segments[own] = self._segments.pop(own)  # what it is going to release comes last
         self._recount()
 
     def _recount(self) -> None:

@@ -35,6 +35,7 @@ from lightning_dp.callbacks import (
 from lightning_dp.data import Drawn, PhysicalBatch, PoissonLoader, check_dataloader
 from lightning_dp.data.poisson import _with_batches
 from lightning_dp.strategies import DPStrategy
+from lightning_dp.strategies.checks import check_alone
 
 _LEFT_OUT = (
     *(Checkpoint, ProgressBar, ModelSummary, PrivacyReport),  # they write or show
@@ -162,6 +163,7 @@ class Variant:
         callbacks = self._callbacks(settings.get("callbacks") or [])
         quiet = {**settings, **_STILL, "default_root_dir": folder, "max_steps": _AMPLE * self.steps, "callbacks": []}
         trainer = make(**quiet)
+        check_alone(trainer, "a benchmark")
         if not self.private:  # on the device that the private one would be on
             ordinary = OrdinaryStrategy(trainer.strategy.root_device, self.batch_size)
             trainer = make(**{**quiet, "strategy": ordinary, "accumulate_grad_batches": self.num_physical})

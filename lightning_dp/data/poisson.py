@@ -7,6 +7,10 @@ Each unit, an example as a rule, is in a logical batch with probability q, indep
 batches (arXiv 1908.10530, definition 3). A logical batch of any size is processed in physical batches of bounded size.
 The loader yields the first of them as an ordinary batch and hands out the others one by one, so that only two are in
 memory at a time.
+
+Several processes draw the same logical batch, by a key that the first one draws anew for each epoch, and share it out:
+process r of W takes every W-th unit of it from the r-th on. So the logical batch is exactly a Poisson sample, no unit
+is in it twice, and however an epoch ends, or whatever workers have fetched ahead, the next one begins alike everywhere.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import copy
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -27,7 +31,8 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.data.units import Units
 from lightning_dp.errors import PrivacyError
-from lightning_dp.noise import SecretRandom
+from lightning_dp.noise import SecretRandom, SharedRandom
+from lightning_dp.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class Drawn:
 class PoissonLoader:
     """Draws logical batches from the dataset of an ordinary dataloader.
 
-    Guarantee: the draws are independent and each unit has the probability of its step, if ``random`` is secret.
+    Guarantee: the draws are independent and each unit has the probability of its step, if ``random`` is secret. What
+    the processes deliver together is one draw; each has as many physical batches of it as any other.
 
     Args:
         loader: The user's dataloader: gives the dataset, ``collate_fn`` and the workers.
@@ -79,6 +85,7 @@ class PoissonLoader:
         random: Where the draws come from.
         constant_size: Whether every physical batch has ``max_physical_batch_size`` samples, phantoms included, so that
             its size tells nothing.
+        processes: Share out the draws.
     """
 
     def __init__(
@@ -92,11 +99,14 @@ class PoissonLoader:
         max_physical_batch_size: int,
         random: SecretRandom,
         constant_size: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self.dataset = loader.dataset
         self.units, self.max_physical_batch_size = units, max_physical_batch_size
         self._rate_of, self._first_step = sample_rate, first_step
         self._num_batches, self._random, self._constant_size = num_batches, random, constant_size
+        self._processes = processes or Processes()
+        self._drawing: SecretRandom | SharedRandom = random  # of the present epoch
         self._chunks: deque[Drawn] = deque()
         self._rest: Iterator[PhysicalBatch] | None = None
         self._delivered: Drawn | None = None
@@ -113,6 +123,7 @@ class PoissonLoader:
         """Yield the first physical batch of every logical batch."""
         self._chunks.clear()
         self.before_epoch()
+        self._drawing = self._processes.common_random(self._random)
         physical = iter(self._inner)
         for _ in range(self._num_batches):
             data = next(physical)
@@ -144,28 +155,27 @@ class PoissonLoader:
         # Copies, as collating may change a sample.
         return self._collate([copy.deepcopy(fetched[i]) for unit in units for i in examples_of[unit]])
 
-    def draw(self, sample_rate: float) -> list[int]:
+    def draw(self, sample_rate: float, random: SecretRandom | SharedRandom | None = None) -> list[int]:
         """Return the units of one logical batch, in their order.
+
+        Args:
+            sample_rate: q.
+            random: Where the draw comes from, if not from the loader's own random numbers.
 
         From one drawn unit to the next it is ``floor(log(u) / log(1 - q)) + 1`` units for a uniform u in (0, 1], which
         is as far as from one success to the next in independent trials. So a draw takes time for those drawn, not for
         all N.
         """
         num_units, last, drawn = self.units.num_units, -1, list[NDArray[np.int64]]()
+        random = random or self._random
         expected, log_of_rest = num_units * sample_rate, math.log1p(-sample_rate) if sample_rate < 1 else -math.inf
         while last < num_units:
-            gaps = np.floor(np.log(self._positive(int(expected + 6 * math.sqrt(expected)) + 8)) / log_of_rest) + 1
+            gaps = np.floor(np.log(_positive(random, int(expected + 6 * math.sqrt(expected)) + 8)) / log_of_rest) + 1
             drawn.append(last + np.minimum(gaps, num_units + 1).astype(np.int64).cumsum())
             last = int(drawn[-1][-1])
         units = np.concatenate(drawn)
         found: list[int] = units[units < num_units].tolist()
         return found
-
-    def _positive(self, size: int) -> NDArray[np.float64]:
-        """Return independent uniform values in (0, 1], with 53 bits after their first one, however small they are."""
-        coarse, fine = self._random.uniform(2 * size).numpy().reshape(2, size)
-        values: NDArray[np.float64] = (1 - coarse) - fine * 2**-53
-        return values
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the draws are independent, so an epoch can be resumed anywhere."""
@@ -180,18 +190,27 @@ class PoissonLoader:
 
     def _draw_chunks(self) -> Iterator[list[int]]:
         """Yield the examples of physical batches and note their sizes in the order of the draws."""
-        first = self._first_step()
+        first, drawing = self._first_step(), self._drawing
         for step in range(first, first + self._num_batches):
             rate = self._rate_of(step)
-            chosen = self.draw(rate)
-            chunks = even_chunks(chosen, self.max_physical_batch_size)
+            chosen = self.draw(rate, drawing)
+            share = chosen[self._processes.rank :: self._processes.size]
+            chunks = _divided(share, self._num_chunks(len(chosen)))
             for k, chunk in enumerate(chunks):
                 # Phantoms, which are given the weight zero: one for an empty draw, or as many as hide its size. They
                 # repeat what was drawn, so that what a training step logs is about the draw.
                 rows = self.max_physical_batch_size if self._constant_size else max(len(chunk), 1)
                 self._chunks.append(Drawn(rows, len(chunk), k == len(chunks) - 1, step, rate))
-                examples = self.units.examples_of(chunk or [0], self._random)
+                examples = self.units.examples_of(chunk or share[:1] or [0], self._random)
                 yield list(islice(cycle(examples), rows * self.units.examples_per_unit))
+
+    def _num_chunks(self, num_drawn: int) -> int:
+        """Return how many physical batches the largest share of a draw needs: every process has as many.
+
+        Then collectives of the user's in a training step meet everywhere. Shares differ by one unit at most, so this is
+        no more than the share of this process needs, or one phantom more.
+        """
+        return max(1, math.ceil(math.ceil(num_drawn / self._processes.size) / self.max_physical_batch_size))
 
     def _after(self, chunk: Drawn, physical: Iterator[Any]) -> Iterator[PhysicalBatch]:
         while not chunk.is_last:
@@ -226,13 +245,24 @@ def largest_draw(num_units: int, sample_rate: float) -> int:
 
 def even_chunks(indices: list[int], most: int) -> list[list[int]]:
     """Divide into as few chunks of at most ``most`` as possible, of nearly equal size; at least one chunk."""
-    count = max(1, math.ceil(len(indices) / most))
+    return _divided(indices, max(1, math.ceil(len(indices) / most)))
+
+
+def _divided(indices: list[int], count: int) -> list[list[int]]:
+    """Divide into so many chunks, of nearly equal size."""
     size, longer = divmod(len(indices), count)
     starts = [k * size + min(k, longer) for k in range(count + 1)]
     return [indices[a:b] for a, b in zip(starts, starts[1:], strict=False)]
 
 
-def _with_batches(loader: DataLoader[Any], batches: _Draws) -> DataLoader[Any]:
+def _positive(random: SecretRandom | SharedRandom, size: int) -> NDArray[np.float64]:
+    """Return independent uniform values in (0, 1], with 53 bits after their first one, however small they are."""
+    coarse, fine = random.uniform(2 * size).numpy().reshape(2, size)
+    values: NDArray[np.float64] = (1 - coarse) - fine * 2**-53
+    return values
+
+
+def _with_batches(loader: DataLoader[Any], batches: Iterable[list[int]]) -> DataLoader[Any]:
     """Return the user's dataloader with other batches; a plain one, as every setting of it is an attribute."""
     workers: dict[str, Any] = (
         {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}

@@ -6,17 +6,19 @@ step is public (``strategies.mixing``), or the draws (``poisson``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, Subset
 
-from lightning_dp.data.poisson import PoissonLoader
+from lightning_dp.data.poisson import PoissonLoader, _with_batches
 from lightning_dp.data.private_dataset import PrivateDataset, holds_private
 from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.processes import Processes
 
 _END = object()
 
@@ -28,12 +30,17 @@ class PublicStream:
     ``state_dict`` and ``load_state_dict`` by these. What draws random numbers elsewhere than from torch's generator on
     the CPU, or from a ``generator`` that it was given, is not put back.
 
+    Several processes read in the same order, and each takes its share of every pass, as far as that can be divided:
+    a dataloader of a class of its own, or of an IterableDataset, is read in full by each.
+
     Args:
         loader: The user's public dataloader.
+        processes: Share out the batches.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = self._loader = loader
+    def __init__(self, loader: DataLoader[Any], processes: Processes | None = None) -> None:
+        self._processes = processes or Processes()
+        self.loader, self._loader = loader, _shared_out(loader, self._processes)
         self._iterator: Iterator[Any] | None = None
         self._seed: int | None = None
         self._pass = self._taken = 0
@@ -42,6 +49,11 @@ class PublicStream:
     def __iter__(self) -> PublicStream:
         """Return itself."""
         return self
+
+    @property
+    def num_batches(self) -> int:
+        """The number of batches in a pass."""
+        return len(self._loader)
 
     def __next__(self) -> Any:
         """Return the next batch.
@@ -78,8 +90,8 @@ class PublicStream:
     def _begin(self) -> Iterator[Any]:
         """Begin a pass, with random numbers of its own, so that its order is known again after a resume."""
         if self._seed is None:
-            self._seed = int(torch.randint(2**62, ()))
-        set_epoch = getattr(self._loader.sampler, "set_epoch", None)
+            self._seed = self._processes.broadcast(int(torch.randint(2**62, ())))
+        set_epoch = getattr(self.loader.sampler, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(self._pass)
         state = torch.get_rng_state()
@@ -100,6 +112,36 @@ class PublicStream:
             pass
         first = next(iterator, _END)
         return iter(()) if first is _END else _chained(first, iterator)
+
+
+class _Share(Sampler[Any]):
+    """What one of several processes takes of an order that all of them draw: as much as any other takes.
+
+    Args:
+        order: The order: indices, or batches of them.
+        processes: Draw it alike.
+    """
+
+    def __init__(self, order: Any, processes: Processes) -> None:
+        self._order, self._rank, self._size = order, processes.rank, processes.size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._order) / self._size)
+
+    def __iter__(self) -> Iterator[Any]:
+        every = list(self._order)
+        missing = len(self) * self._size - len(every)
+        return iter([*every, *islice(cycle(every), missing)][self._rank :: self._size])
+
+
+def _shared_out(loader: DataLoader[Any], processes: Processes) -> DataLoader[Any]:
+    is_divided = processes.size == 1 or isinstance(loader.sampler, DistributedSampler)
+    if is_divided or type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
+        return loader
+    if type(loader.batch_sampler) is not BatchSampler:
+        return _with_batches(loader, _Share(loader.batch_sampler or loader.sampler, processes))
+    share = _Share(loader.sampler, processes)
+    return _with_batches(loader, BatchSampler(share, loader.batch_sampler.batch_size, loader.batch_sampler.drop_last))
 
 
 def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from lightning_dp.strategies.preparing import find
 from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.stepping import Stepping
 from lightning_dp.strategies.trials import AutomaticTrial
+from lightning_dp.strategies.undisturbed import drawing_alike
 
 
 def check_apart(
@@ -40,8 +41,9 @@ def check_apart(
     Raises:
         UnsupportedModelError: If they differ: public gradients have no noise.
     """
-    found, trial = find(module, run, run_step, put), AutomaticTrial(module, run_step)
-    first, again, *others = found.observer.after_each(lambda: trial.gradients(found.trained, public)[0])
+    with drawing_alike(run.processes):
+        found, trial = find(module, run, run_step, put), AutomaticTrial(module, run_step)
+        first, again, *others = found.observer.after_each(lambda: trial.gradients(found.trained, public)[0])
     if not _close(first, again):
         return
     if not all(_close(first, other) for other in others):

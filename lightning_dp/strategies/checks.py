@@ -24,11 +24,6 @@ _TUNERS = ("LearningRateFinder", "BatchSizeFinder", "_LRCallback")
 
 def check_trainer(trainer: pl.Trainer) -> None:
     """Raise if a setting of the trainer does not go with a private fit."""
-    if trainer.world_size != 1:
-        raise PrivacyConfigurationError(
-            f"devices={trainer.num_devices}, num_nodes={trainer.num_nodes}: DPStrategy trains on one device. "
-            "Use devices=1."
-        )
     if trainer.accumulate_grad_batches != 1:
         raise PrivacyConfigurationError(
             f"accumulate_grad_batches={trainer.accumulate_grad_batches}: expected 1. The dataloader's batch_size is "
@@ -46,6 +41,20 @@ def check_trainer(trainer: pl.Trainer) -> None:
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback, trainer.lightning_module)
+
+
+def check_alone(trainer: pl.Trainer, what: str) -> None:
+    """Raise if something that runs in one process only is asked for on several.
+
+    Args:
+        trainer: Made, and not used yet.
+        what: What is asked for, in words.
+    """
+    if trainer.world_size != 1:
+        raise PrivacyConfigurationError(
+            f"{what} on {trainer.world_size} devices: it makes several trainers in turn, and other processes "
+            "cannot follow. Use devices=1 and num_nodes=1 for it."
+        )
 
 
 def _check_callback(callback: pl.Callback, module: pl.LightningModule) -> None:

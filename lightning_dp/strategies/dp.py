@@ -1,23 +1,26 @@
 """`DPStrategy`: one device, or several by ordinary data parallelism.
 
-Owns: the arguments that users give, and what Lightning must not do: launch a process group for one process, wrap the
-module. Does not own: the private steps (``hooks``).
+Owns: the arguments that users give, and what Lightning must not do: make a process group for one process, wrap the
+module. Does not own: the private steps (``hooks``), or what processes tell each other (``processes``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.constants import default_pg_timeout
 
 from lightning_dp.accounting import Accountant
 from lightning_dp.clipping import Clipping
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.hooks import PrivateHooks
+from lightning_dp.strategies.launching import PrivateLauncher
 from lightning_dp.strategies.settings import PrivacySettings
 
 
@@ -33,6 +36,10 @@ class DPStrategy(PrivateHooks, DDPStrategy):
     example, or one user with all of theirs if the data is a `PrivateDataset` with ``user_ids``; ``target_epsilon`` is
     never exceeded. What cannot be trained so is refused with an error. Not covered: what training steps log, callbacks
     that read the data, validation data, and choices made after looking at results.
+
+    On several devices and nodes (``Trainer(devices=..., num_nodes=...)``) mechanism, epsilon and result are the same:
+    the dataloader's batch size is that of one process, as in ordinary data-parallel training, each process takes its
+    share of every draw, and the noise is added once in all.
 
     Args:
         target_epsilon: Budget in nats. Training never exceeds it; `PrivacyBudgetStopping` ends the fit before.
@@ -62,6 +69,11 @@ class DPStrategy(PrivateHooks, DDPStrategy):
             ``"new_phase"`` of the same budget.
         private_statistics: Whether norms before clipping, the clipped share and the training loss are collected, to be
             logged by `PrivacyMonitor`. They are NOT private: epsilon does not cover whoever sees them.
+        process_group_backend: Of several processes, such as ``"gloo"``. Default: NCCL on GPUs, Gloo on the CPU.
+        timeout: How long a process waits for the others before it gives up.
+        start_method: How the processes of this node are started, if nothing else (torchrun, SLURM) has started them:
+            ``"popen"`` runs the script once more for each; ``"spawn"``, ``"fork"`` and ``"forkserver"`` go on from
+            here, in a notebook ``"fork"``.
 
     Raises:
         PrivacyConfigurationError: If an argument is out of range, or neither target nor noise is given.
@@ -89,8 +101,11 @@ class DPStrategy(PrivateHooks, DDPStrategy):
         schedule: Sequence[Stage] = (),
         changed_settings: str = "refuse",
         private_statistics: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
-        super().__init__()
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout, start_method=start_method)
         settings = PrivacySettings(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
@@ -115,8 +130,11 @@ class DPStrategy(PrivateHooks, DDPStrategy):
         return self.num_nodes * self.num_processes == 1
 
     def _configure_launcher(self) -> None:
-        if not self._is_single:
-            super()._configure_launcher()
+        if self._is_single:
+            return
+        super()._configure_launcher()
+        if self._start_method != "popen":
+            self._launcher = PrivateLauncher(self, start_method=self._start_method)
 
     def setup_distributed(self) -> None:
         """Set the ranks, and make no process group for a single process."""
@@ -138,7 +156,9 @@ class DPStrategy(PrivateHooks, DDPStrategy):
             checks.trained_parameters(self._module, self.optimizers)
 
     def _setup_model(self, model: Any) -> Any:
-        return model  # DDP's reducer would wait for gradients from autograd
+        """Take over the weights of the first process; DDP's reducer would wait for gradients from autograd."""
+        self._run.processes.share({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        return model
 
 
 StrategyRegistry.register(DPStrategy.strategy_name, DPStrategy, description="Differentially private training")

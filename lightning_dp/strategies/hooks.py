@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from lightning_dp.bookkeeping import BookKeeping, Keeping, NotObserved
 from lightning_dp.data import Drawn, PhysicalBatch
 from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.processes import processes_of
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.apart import check_apart
 from lightning_dp.strategies.measuring import Step, fastest_size
@@ -36,7 +37,7 @@ from lightning_dp.strategies.run import PrivateRun
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.status import PrivacyStatus
 from lightning_dp.strategies.stepping import Stepping, Unprepared
-from lightning_dp.strategies.undisturbed import Attempt
+from lightning_dp.strategies.undisturbed import Attempt, drawing_alike
 
 S = TypeVar("S", bound="PrivateHooks")
 
@@ -97,6 +98,11 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
 
     # ---- before the first step ---------------------------------------------------------------------------------
 
+    def setup_environment(self) -> None:
+        """Find the other processes."""
+        super().setup_environment()
+        self._run.join(processes_of(self.world_size, self.root_device))
+
     def process_dataloader(self, dataloader: object) -> object:
         """Replace the train dataloader by one that draws Poisson samples, and settle the mechanism."""
         trainer = self._module.trainer
@@ -124,7 +130,8 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         if self._rehearsal is not None:
             self._rehearsal(self._run, self._moved, self._free_step, self._put)
         if self._public is not None:
-            self._public.look(self._module, self._run, self._with_transfer(self._free_step), self._put)
+            with drawing_alike(self._run.processes):
+                self._public.look(self._module, self._run, self._with_transfer(self._free_step), self._put)
 
     @contextmanager
     def rehearsing(self, rehearsal: Rehearsal) -> Iterator[None]:
@@ -212,14 +219,20 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         checks.check_trainer(self._module.trainer)
         prepared = self._prepared
         if prepared is None or not prepared.holds_for(self._module):
-            prepared = prepare(self._module, self._run, self._with_transfer(run_step), self._put)
+            with drawing_alike(self._run.processes):
+                prepared = prepare(self._module, self._run, self._with_transfer(run_step), self._put)
             self._prepared = prepared
         self._stepping = prepared.stepping  # after public steps it is another one
         return prepared
 
     def _public_step(self, public: PublicSteps, *args: Any, **kwargs: Any) -> Any:
         """Run the training step as without privacy, on a batch of the public dataloader."""
-        self._put(PublicStepping(done=lambda: self._put(Unprepared())))
+
+        def done() -> None:
+            public.average(self._module)
+            self._put(Unprepared())
+
+        self._put(PublicStepping(done))
         output = Strategy.training_step(self, *args, **kwargs)
         public.note(output)
         return output

@@ -148,7 +148,7 @@ class ManualStepping(Stepping):
         """Begin a logical batch."""
         self._released, self._at = 0, step
         self._step.drop()
-        self._step.begin(mechanism)
+        self._step.begin(mechanism, step)
         self._pending.begin()
 
     def begin(self, num_real: int) -> None:

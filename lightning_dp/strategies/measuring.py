@@ -24,6 +24,7 @@ from lightning_dp.data import PoissonLoader, even_chunks
 from lightning_dp.noise import SecretRandom
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.strategies.fastest import Choice, fastest
+from lightning_dp.strategies.joint_bench import JointBench
 from lightning_dp.strategies.memory import Memory, OutOfMemory, is_out_of_memory, memory_of
 from lightning_dp.strategies.preparing import Parameters, Prepared, look_again
 from lightning_dp.strategies.run import PrivateRun
@@ -86,13 +87,14 @@ def fastest_size(prepared: Prepared, step: Step) -> Choice:
     assert loader is not None, "settled with the dataloader"
     assert isinstance(keeping, BookKeeping), "the loop has batches of one sample"
     device = step.module.trainer.strategy.root_device
-    memory = memory_of(device)
-    if memory is None:
+    memory, processes = memory_of(device), step.run.processes
+    if memory is None or None in processes.gather(memory):
         reason = f"as without 'auto', since what memory is free on device '{device}' cannot be found out here"
         return Choice(loader.max_physical_batch_size, reason)
     bench = TrainingBench(prepared.trained, keeping, loader, step, memory)
     try:
-        return fastest(bench, _usual_draw(loader.units.num_units, step.run.schedule.largest_rate))
+        most = math.ceil(_usual_draw(loader.units.num_units, step.run.schedule.largest_rate) / processes.size)
+        return fastest(JointBench(bench, processes, device), most)
     finally:
         bench.drop()
 

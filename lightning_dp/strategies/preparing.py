@@ -102,6 +102,8 @@ def prepare(
         PrivacyError: If it cannot be trained privately.
     """
     found = find(module, run, run_step, put)
+    shapes = {name: tuple(parameter.shape) for name, parameter in found.trained.items()}
+    run.processes.check_alike({"what is trained": shapes})
     loops = run.settings.clipping_engine == "loop" and module.automatic_optimization
     keeping = (LoopKeeping if loops else BookKeeping)(found.trained, found.others)
     found.observer.observe(keeping, found.trained, check=run.settings.self_check)

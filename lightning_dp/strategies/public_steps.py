@@ -23,6 +23,7 @@ from lightning_dp.data import ExampleUnits, MixedLoader, PoissonLoader, PublicSt
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.noise import SecretRandom
 from lightning_dp.optimizers import tell_noise
+from lightning_dp.processes import Processes
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.mixing import PLATEAU, Mixing
 from lightning_dp.strategies.planning import next_step
@@ -40,7 +41,7 @@ class PublicStepping(Stepping):
     """Backward passes of public data are ordinary ones; nothing is booked, clipped or noised.
 
     Args:
-        done: Called when the optimizer has its gradients.
+        done: Called when the optimizer has its gradients, before it steps by them.
     """
 
     def __init__(self, done: Callable[[], object] = lambda: None) -> None:
@@ -76,6 +77,9 @@ class PublicSteps:
     Guarantee: what it computes sees no batch but those of the public dataloaders; what it does to a private step comes
     after the noisy gradient was released.
 
+    On several processes each has batches of its own, and their gradients are averaged, as in ordinary data-parallel
+    training.
+
     Args:
         mixing: The weights.
         data: Returns the dataloaders of a fit.
@@ -83,6 +87,7 @@ class PublicSteps:
 
     def __init__(self, mixing: Mixing, data: Callable[[pl.Trainer], PublicData]) -> None:
         self.mixing, self._data = mixing, data
+        self._processes = Processes()
         self._stream: PublicStream | None = None
         self._resumed: dict[str, Any] | None = None
         self._loader: MixedLoader | None = None
@@ -107,15 +112,16 @@ class PublicSteps:
         """
         assert run.loader is not None, "settled with the dataloader"
         _check_trained(trainer.lightning_module, run)
+        self._processes = run.processes
         data = self._data(trainer)
         self._train = check_public(data.train, run.loader.dataset)
         self._held_out = None if data.held_out is None else check_public(data.held_out, run.loader.dataset)
         if self._stream is None:  # a reloaded private dataloader begins no new stream
-            self._stream = PublicStream(self._train)
+            self._stream = PublicStream(self._train, self._processes)
             if self._resumed is not None:
                 self._stream.load_state_dict(self._resumed)
         check_public(self._stream.loader, run.loader.dataset)  # it goes on, whatever was returned now
-        a_pass = len(run.loader) if isinstance(self._train.dataset, IterableDataset) else len(self._train)
+        a_pass = len(run.loader) if isinstance(self._train.dataset, IterableDataset) else self._stream.num_batches
         self.mixing.set_batch_sizes(self._train.batch_size, run.batch_size, a_pass)
 
         def weight() -> float:
@@ -198,8 +204,15 @@ class PublicSteps:
     def note(self, output: Any) -> None:
         """Note what the training step returned for a public batch."""
         loss = checks.loss_of(output)
-        if loss is not None:
-            self.mixing.note(loss)
+        if self.mixing.is_settled:
+            return
+        noted = [each for each in self._processes.gather(loss if loss is None else loss.detach()) if each is not None]
+        if noted:
+            self.mixing.note(torch.stack(noted).mean())
+
+    def average(self, module: pl.LightningModule) -> None:
+        """Average the public gradients over all processes."""
+        self._processes.average_gradients(module.parameters())
 
     def _judge(self, module: pl.LightningModule) -> None:
         if self.mixing.is_due:
@@ -211,7 +224,8 @@ class PublicSteps:
         assert run_step is not None, "known when training starts"
         with undisturbed(module), evaluating(module), torch.no_grad():
             losses = [checks.loss_of(run_step(batch)) for batch in loader]
-        return fmean(float(loss) for loss in losses if loss is not None)
+        own = fmean(float(loss) for loss in losses if loss is not None)
+        return self._processes.broadcast(own)  # all judge alike
 
     def begin_private(self, trainer: pl.Trainer, run: PrivateRun) -> None:
         """End the public phase, once: settle the noise if it could not be before, and forget the first moments."""
@@ -259,6 +273,7 @@ class PublicSteps:
             self._checked = True
         with gradients_put_aside(module.parameters()):
             run(delivered.public)
+            self.average(module)
             self._beside = {id(p): p.grad for p in module.parameters() if p.grad is not None}
 
     def blend(self, optimizer: Optimizer, noise_std: float) -> None:

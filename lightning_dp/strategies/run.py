@@ -27,6 +27,7 @@ from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
 from lightning_dp.private_statistics import PrivateStatistics
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.processes import Processes
 from lightning_dp.quantile_bound import QuantileBound
 from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
@@ -53,6 +54,7 @@ class PrivateRun:
 
     def __init__(self, settings: PrivacySettings) -> None:
         self.settings, self.ledger = settings, Ledger()
+        self.processes = Processes()
         self.loader: PoissonLoader | None = None
         self._user: DataLoader[object] | None = None
         self._units: Units = ExampleUnits(0)
@@ -72,6 +74,29 @@ class PrivateRun:
         self.bound = QuantileBound(clipping) if isinstance(clipping, AdaptiveClipping) else None
         self.mixing: Mixing | None = None  # set while a fit has public steps, too
         self.public_mix = ""  # of such fits, earlier ones included
+
+    def join(self, processes: Processes) -> None:
+        """Make every release together with other processes; each of them calls this, with the same run.
+
+        All keep the same ledger and book alike. The first one decides upon noise and budget, and writes the journal.
+        """
+        self.processes = processes
+        self.ledger.continue_as(processes.broadcast(self.ledger.own_segment))
+        self._merge_histories()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Go into another process without what is of this one: the dataloaders and the other processes."""
+        return {**self.__dict__, "processes": Processes(), "loader": None, "_user": None, "mixing": None}
+
+    def take_over(self, other: PrivateRun) -> None:
+        """Go on where a run is that another process has gone on with; what was released here counts, too."""
+        other.ledger.merge(self.ledger.state_dict())
+        self.__dict__.update(other.__dict__)
+
+    def _merge_histories(self) -> None:
+        """Count what any of the processes knows of: each may have read journals that others do not see."""
+        for history in self.processes.gather(self.ledger.state_dict()):
+            self.ledger.merge(history)
 
     @property
     def budget(self) -> PrivacyBudget:
@@ -128,8 +153,9 @@ class PrivateRun:
         Raises:
             PrivacyConfigurationError: If the dataloader, the settings and the trainer do not go together.
         """
-        user = self._user = check_dataloader(dataloader)
-        units = self._units = units_of(user.dataset)
+        user = self._user = self.processes.together(lambda: check_dataloader(dataloader))
+        units = self._units = self.processes.together(lambda: units_of(user.dataset))
+        self._check_alike(trainer)
         self._agreed, self._released_before = self._agreed_by_now, self.ledger.num_releases
         module, optimizers = trainer.lightning_module, len(trainer.strategy.optimizers)
         manual = not module.automatic_optimization
@@ -139,7 +165,7 @@ class PrivateRun:
         )
         size = self.settings.physical_batch_size(user.batch_size or 1, units)
         if manual:
-            size = self.settings.undivided_batch_size(units, self.schedule.largest_rate)
+            size = self.settings.undivided_batch_size(units, self.schedule.largest_rate, self.processes.size)
         self.loader = PoissonLoader(
             user,
             units,
@@ -149,8 +175,29 @@ class PrivateRun:
             max_physical_batch_size=size,
             random=self._sampling,
             constant_size=manual and optimizers > 1,
+            processes=self.processes,
         )
         return self.loader
+
+    def _check_alike(self, trainer: pl.Trainer) -> None:
+        """Raise in all processes if they are not about to do the same, which would otherwise end in waiting."""
+        user, units = self._user, self._units
+        assert user is not None, "the dataloader comes first"
+        self.processes.check_alike(
+            {
+                **self.settings.facts(),
+                "the size of the training data": (len(user.dataset), units.num_units, units.unit),  # type: ignore[arg-type]
+                "the rows of a unit": (units.examples_per_unit, units.views),
+                "the partition of the training data": units.partition,
+                "batch_size of the train dataloader": user.batch_size,
+                "the length of the train dataloader": len(user),
+                "the planned number of steps": (planned_steps(trainer, len(user)), next_step(trainer)),
+                "the number of optimizers": len(trainer.strategy.optimizers),
+                "automatic_optimization": trainer.lightning_module.automatic_optimization,
+            }
+        )
+        if self.bound is not None:  # a checkpoint may be an older one on some disk
+            self.bound.load_state_dict(self.processes.broadcast(self.bound.state_dict()))
 
     def settle(
         self,
@@ -186,17 +233,20 @@ class PrivateRun:
             planned_steps=planned,
             releases_per_draw=releases_per_draw,
         )
-        accountant = settings.accountant_for(terms.delta)
-        self._schedule, self._budget = planning.settled(accountant, self._journal)
-        trusted = self._budget.trusted_accountant()
-        if trusted is not accountant:
-            self._schedule, self._budget = planning.settled(trusted, self._journal)
+        self._schedule, budget = self.processes.decide(lambda: self._settled(planning))
+        self._budget = budget.keep_in(self.ledger, self._journal)
         for mechanism in self._schedule.mechanisms:
             mechanism.check()
         self._terms = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
         self._releases_per_draw = releases_per_draw
         if announce:
             self._announce(self._schedule.base, self._budget)
+
+    def _settled(self, planning: FitPlan) -> tuple[Schedule, PrivacyBudget]:
+        accountant = self.settings.accountant_for(planning.terms.delta)
+        schedule, budget = planning.settled(accountant, self._journal)
+        trusted = budget.trusted_accountant()
+        return (schedule, budget) if trusted is accountant else planning.settled(trusted, self._journal)
 
     def _present_terms(self, sample_rate: float) -> Terms:
         delta = self.settings.delta(self._units)
@@ -264,7 +314,14 @@ class PrivateRun:
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
         """Return the buffers for these parameters."""
         mean_loss = self.settings.loss_reduction == "mean"
-        return PrivateStep(trained, self._noise, mean_loss=mean_loss, statistics=self.statistics, bound=self.bound)
+        return PrivateStep(
+            trained,
+            self._noise,
+            mean_loss=mean_loss,
+            statistics=self.statistics,
+            bound=self.bound,
+            processes=self.processes,
+        )
 
     def put_into(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Put the ledger into a checkpoint that is about to be saved, and where its journal will be."""
@@ -286,11 +343,17 @@ class PrivateRun:
 
     def keep_journal_beside(self, path: Path) -> None:
         """Keep the journal beside a checkpoint that was saved, if that is a local directory."""
-        if path.parent.is_dir():
+        if self.processes.is_first and path.parent.is_dir():
             self._journal.add_directory(path.parent)
 
     def resume(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         """Count every release that a checkpoint and the journals beside it know of."""
+        self.processes.together(lambda: self._read(checkpoint, path))
+        self._merge_histories()
+        self._released_before = self.ledger.num_releases
+        self.keep_journal_beside(path)  # whoever resumes from there again must find what this run releases
+
+    def _read(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         self._agreed = dict(self._agreed_by_now)  # also of a fit of this process that the checkpoint knows nothing of
         if _CHECKPOINT_KEY in checkpoint:
             earlier = earlier_record(checkpoint[_CHECKPOINT_KEY])
@@ -310,8 +373,6 @@ class PrivateRun:
             if terms.partition in released_from:
                 self._agreed.pop(terms.partition, None)  # the latest last
                 self._agreed[terms.partition] = terms
-        self._released_before = self.ledger.num_releases
-        self.keep_journal_beside(path)  # whoever resumes from there again must find what this run releases
 
     def keep_in(self, directory: Path, history: Mapping[str, Any] | None) -> None:
         """Keep the journal in a directory from now on, and count what was released there before.

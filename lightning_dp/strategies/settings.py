@@ -7,8 +7,8 @@ follows from all of them together (``fit_plan``), or the hooks.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from lightning_dp.accounting import Accountant, resolve_accountant
 from lightning_dp.accounting.delta import delta_for
@@ -104,13 +104,18 @@ class PrivacySettings:
             )
         return 1 if self.clipping_engine == "loop" else max(1, (most or batch_size) // rows)
 
-    def undivided_batch_size(self, units: Units, sample_rate: float) -> int:
+    def undivided_batch_size(self, units: Units, sample_rate: float, num_processes: int = 1) -> int:
         """Return how many units a batch has that holds a whole logical batch, as manual optimization needs it.
+
+        Args:
+            units: Of the training data.
+            sample_rate: The largest one.
+            num_processes: Share out a logical batch.
 
         Raises:
             PrivacyConfigurationError: If the settings divide logical batches.
         """
-        draw = largest_draw(units.num_units, sample_rate)
+        draw = math.ceil(largest_draw(units.num_units, sample_rate) / num_processes)
         size = draw * units.examples_per_unit
         if self.clipping_engine == "loop" or (self._most or size) < size:
             limit = "clipping_engine='loop'"
@@ -122,6 +127,10 @@ class PrivacySettings:
                 "optimization."
             )
         return draw
+
+    def facts(self) -> dict[str, Any]:
+        """The arguments as values that can be compared between processes, by name."""
+        return {field.name: _comparable(getattr(self, field.name)) for field in fields(self)}
 
     def resolved_clipping(self) -> Clipping:
         """Return the clipping that the arguments name."""
@@ -160,6 +169,15 @@ class PrivacySettings:
                 "max_physical_batch_size."
             )
         return expected / units.num_units
+
+
+def _comparable(value: object) -> object:
+    """Return the value, or for an object its class and what it is made of, as far as that is plain."""
+    if value is None or isinstance(value, str | int | float | tuple):
+        return value
+    kinds = (str, int, float, list, dict, tuple, type(None))
+    plain = {k: repr(v) for k, v in sorted(vars(value).items()) if k[0] != "_" and isinstance(v, kinds)}
+    return type(value).__qualname__, plain
 
 
 def _rows_of(units: Units) -> str:

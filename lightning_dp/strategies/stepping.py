@@ -129,7 +129,7 @@ class AutomaticStepping(Stepping):
             )
         self._keeping.abandon()
         self._at = step
-        self._step.begin(mechanism)
+        self._step.begin(mechanism, step)
 
     def begin(self, num_real: int) -> None:
         """Begin a physical batch."""

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.processes import Processes
 from lightning_dp.strategies.memory import give_back_freed
 from lightning_dp.strategies.tree import Tree, same
 from lightning_dp.strategies.written import Written
@@ -45,6 +46,14 @@ def undisturbed(module: pl.LightningModule, *, attributes: bool = True) -> Itera
             stack.enter_context(same_attributes(module))
         with written:
             yield written
+
+
+@contextmanager
+def drawing_alike(processes: Processes) -> Iterator[None]:
+    """Let all processes draw the same random numbers inside, so that they look at the same and equally often."""
+    with _same_random_numbers():
+        processes.seed_alike()
+        yield
 
 
 @contextmanager

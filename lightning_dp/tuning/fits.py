@@ -20,6 +20,7 @@ from lightning_dp.accounting import PRVAccountant
 from lightning_dp.callbacks import PrivacyReport
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.strategies import DPStrategy
+from lightning_dp.strategies.checks import check_alone
 
 QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 """What the trainers of a search leave out, unless the user says otherwise."""
@@ -140,6 +141,7 @@ def fit_and_score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str,
     Raises:
         PrivacyError: If the fit ended before its last step.
     """
+    check_alone(trainer, "a search")
     validation = {name: value for name, value in data.items() if name != "train_dataloaders"}
     validation = {"dataloaders" if name == "val_dataloaders" else name: v for name, v in validation.items()}
     _score(trainer, module, monitor, validation)  # whatever is wrong with it is found before anything is spent

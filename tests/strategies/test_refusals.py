@@ -157,11 +157,10 @@ def test_trainer_settings(settings, match):
     [
         ({"precision": "16-mixed"}, "precision='16-mixed'.*bf16-mixed"),
         ({"precision": "16-true"}, "precision='16-true'"),
-        ({"world_size": 2, "num_devices": 2, "num_nodes": 1}, "devices=2.*Use devices=1"),
     ],
 )
 def test_trainer_settings_that_need_a_gpu(settings, match):
-    fit = SimpleNamespace(**{"world_size": 1, "accumulate_grad_batches": 1, "precision": "32-true", **settings})
+    fit = SimpleNamespace(**{"accumulate_grad_batches": 1, "precision": "32-true", **settings})
     with pytest.raises(CONFIGURATION, match=match):
         check_trainer(fit)
 

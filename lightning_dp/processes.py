@@ -1,0 +1,293 @@
+"""The processes that train together: what they tell each other, and the errors that one of them must share.
+
+Owns: every collective of this library. Does not own: what is told and when (``strategies``), the process group
+(Lightning makes it), or the noise (``noise``). Knows ``torch.distributed`` only.
+
+A private step on W processes is the sum of W clipped sums, each with independent noise of ``1 / sqrt(W)`` of the
+standard deviation: the noise of the sum is that of one process, whatever W is.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import secrets
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
+
+from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
+from lightning_dp.noise import SecretRandom, SharedRandom
+
+_BUCKET = 2**22
+"""Elements that are added up at once: small tensors are packed up to this, larger ones go without a copy."""
+
+_TAGS = 2**24
+"""Tags are below this: each is then a number in float32."""
+
+T = TypeVar("T")
+
+
+class Processes:
+    """A single process: every method is the identity, and ``torch.distributed`` is never touched."""
+
+    rank = 0
+    size = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that decides, and writes to disk."""
+        return self.rank == 0
+
+    @property
+    def num_here(self) -> int:
+        """How many of the processes are on this machine."""
+        return 1
+
+    def broadcast(self, value: T) -> T:
+        """Return the value that the first process has given."""
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values that all processes have given, by rank."""
+        return [value]
+
+    def decide(self, compute: Callable[[], T]) -> T:
+        """Return, or raise, what ``compute`` does in the first process; in the others it is not called."""
+        return compute()
+
+    def together(self, compute: Callable[[], T]) -> T:
+        """Return what ``compute`` does here; raise if it does in any process, so that no other one waits for it."""
+        return compute()
+
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Check that all processes have the same facts, of which each has a name.
+
+        Raises:
+            PrivacyConfigurationError: If they do not; in all of them.
+        """
+
+    def add_up(self, tensors: Iterable[Tensor], tag: int = 0) -> None:
+        """Replace every tensor by its sum over all processes, bitwise the same in each.
+
+        Args:
+            tensors: Contiguous, in the same order everywhere.
+            tag: Says what is added up, which must be the same thing everywhere.
+
+        Raises:
+            PrivacyError: If the tags differ; what was added up must not be used then.
+        """
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace gradients by their means over all processes, which have the same parameters in the same order.
+
+        Where only some processes have one, it is zero in the others; for gradients that are not private.
+        """
+
+    def share(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace every tensor by that of the first process.
+
+        Raises:
+            PrivacyConfigurationError: If they have not the same names and shapes everywhere, or none yet.
+        """
+
+    def common_random(self, own: SecretRandom) -> SecretRandom | SharedRandom:
+        """Return random numbers that are the same in all processes, and secret: ``own`` if there is but one."""
+        return own
+
+    def seed_alike(self) -> None:
+        """Let the generators of torch, Python and NumPy draw the same in all processes."""
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    """What a computation returned or raised."""
+
+    value: T | None = None
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, compute: Callable[[], T]) -> _Outcome[T]:
+        try:
+            return cls(compute())
+        except Exception as error:  # told to the others, and raised
+            return cls(error=error)
+
+    def get(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return cast(T, self.value)
+
+
+class ProcessGroup(Processes):
+    """Several processes, of the process group that Lightning has made.
+
+    Guarantee: what is secret (keys of draws, sums before they are added up) is told to these processes only, and kept
+    nowhere; whoever listens on the network between them is not covered.
+
+    Args:
+        device: Of this process: where collectives take place.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._device = device
+
+    @property
+    def num_here(self) -> int:
+        """Count the processes that say the same name of their machine."""
+        return self.gather(socket.gethostname()).count(socket.gethostname())
+
+    def broadcast(self, value: T) -> T:
+        """Tell all processes the value of the first one."""
+        told = [value if self.is_first else None]
+        dist.broadcast_object_list(told, 0)
+        return value if self.is_first else cast(T, told[0])
+
+    def gather(self, value: T) -> list[T]:
+        """Tell all processes the values of all; tensors in them come on the CPU."""
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, tree_map_only(Tensor, Tensor.cpu, value))
+        return told
+
+    def decide(self, compute: Callable[[], T]) -> T:
+        """Compute in the first process, and tell the others."""
+        outcome = _Outcome.of(compute) if self.is_first else None
+        told = self.broadcast(_portable(outcome) if outcome is not None else None)
+        return cast("_Outcome[T]", outcome or told).get()
+
+    def together(self, compute: Callable[[], T]) -> T:
+        """Compute everywhere, and tell of errors."""
+        outcome = _Outcome.of(compute)
+        errors = self.gather(_portable(_Outcome(error=outcome.error)).error)
+        value = outcome.get()
+        for error in filter(None, errors):
+            raise error
+        return value
+
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Compare the facts of all processes."""
+        everywhere = self.gather(dict(facts))
+        for name in facts:
+            values = [its.get(name) for its in everywhere]
+            if any(value != values[0] for value in values):
+                raise PrivacyConfigurationError(
+                    f"{name} is not the same in all {self.size} processes: {', '.join(map(_shown, values))}, by rank. "
+                    "Every process must run the same script with the same settings on the same data."
+                )
+
+    def add_up(self, tensors: Iterable[Tensor], tag: int = 0) -> None:
+        """Add up in buckets of bounded size, with one slot for the tag of each process in the last one."""
+        every = list(tensors)
+        like = every[-1] if every else torch.empty(0, device=self._device)
+        tags = torch.zeros(self.size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        tags[self.rank] = tag % _TAGS
+        for bucket in _buckets([*every, tags]):
+            _add_up(bucket, self._device)
+        if any(found != tag % _TAGS for found in tags.tolist()):
+            raise PrivacyError(
+                "the processes have not released the same thing: a training step, a batch or an optimizer's step was "
+                "skipped in some of them only. Let every process make the same steps; what is skipped must not depend "
+                "on the rank or on the samples."
+            )
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Add up those that some process has, and divide."""
+        every = list(parameters)
+        used = set().union(*self.gather({k for k, p in enumerate(every) if p.grad is not None}))
+        gradients = []
+        for p in (every[k] for k in sorted(used)):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+            gradients.append(p.grad)
+        self.add_up(gradients)
+        for gradient in gradients:
+            gradient.div_(self.size)
+
+    def share(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over every tensor of the first process, as ordinary data-parallel training does."""
+        self.together(lambda: _check_initialized(tensors))
+        self.check_alike({"the module": {name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()}})
+        for tensor in tensors.values():
+            value = tensor.detach().to(self._device).contiguous()
+            dist.broadcast(value, 0)
+            tensor.detach().copy_(value)
+
+    def common_random(self, own: SecretRandom) -> SharedRandom:
+        """Draw a key of 128 bits in the first process, and begin a generator from it everywhere."""
+        return SharedRandom(self.broadcast(secrets.randbits(128)))
+
+    def seed_alike(self) -> None:
+        """Seed them by the same number."""
+        seed = self.broadcast(secrets.randbits(31))
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+
+
+def processes_of(size: int, device: torch.device) -> Processes:
+    """Return the processes that train together.
+
+    Args:
+        size: How many there are; their process group is there, if there are several.
+        device: Of this one.
+    """
+    return Processes() if size == 1 else ProcessGroup(device)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors of one dtype and device, either packed up to the size of a bucket, or one large one alone."""
+    packed: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kind = tensor.dtype, tensor.device
+        bucket = packed.setdefault(kind, [])
+        if tensor.numel() >= _BUCKET:
+            yield [tensor]
+            continue
+        if sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET:
+            yield packed.pop(kind)
+            bucket = packed.setdefault(kind, [])
+        bucket.append(tensor)
+    yield from filter(None, packed.values())
+
+
+def _add_up(bucket: list[Tensor], device: torch.device) -> None:
+    """Add up the tensors of a bucket in place, in one collective."""
+    one = bucket[0].view(-1) if len(bucket) == 1 else torch.cat([t.view(-1) for t in bucket])
+    flat = one.to(device)
+    dist.all_reduce(flat)
+    if len(bucket) > 1 or flat is not one:
+        for tensor, value in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.view(-1).copy_(value)
+
+
+def _check_initialized(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if is_lazy(tensor):
+            raise PrivacyConfigurationError(
+                f"'{name}' has no values yet, so that they cannot be made the same in all processes. Run the module on "
+                "a batch in configure_model(), or train on one device."
+            )
+
+
+def _portable(outcome: _Outcome[T]) -> _Outcome[T]:
+    """Return what can be told: an error that cannot be pickled only by its name and text."""
+    if outcome.error is None:
+        return outcome
+    try:
+        pickle.loads(pickle.dumps(outcome.error))
+        return outcome
+    except Exception:  # whatever a class of the user's does
+        return _Outcome(error=PrivacyError(f"{type(outcome.error).__name__}: {outcome.error}"))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

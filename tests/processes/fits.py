@@ -1,0 +1,299 @@
+"""What a process of a world does; every function can be pickled, and returns plain values."""
+
+import math
+import os
+import signal
+from contextlib import contextmanager
+from unittest import mock
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_dp as ldp
+from lightning_dp.noise import SecretRandom
+from lightning_dp.processes import ProcessGroup
+from tests.models import Regression, ZeroGradient, loader, parameters, trainer
+
+N = 12
+
+
+def network():
+    """A network whose initial weights are those of the process's own seed."""
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.LayerNorm(8), nn.Linear(8, 2)).double()
+
+
+class Collective(Regression):
+    """Talks to the other processes in every training step, as users do."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss.detach(), sync_dist=True, on_step=True, on_epoch=True)
+        assert self.all_gather(loss.detach()).numel() == self.trainer.world_size
+        return loss
+
+
+class TwoOptimizers(Regression):
+    """Two optimizers, each of which steps in every training step."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[:2].parameters(), lr=1.0), torch.optim.SGD(self.net[2:].parameters(), lr=1.0)]
+
+
+class Watch(pl.Callback):
+    """Notes initial weights, the draws, and what this process has of them."""
+
+    def __init__(self):
+        self.start, self.draws, self.shares, self.logged = {}, [], [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self.start = parameters(pl_module)
+        loader = trainer.strategy._run.loader
+        draw, units = loader.draw, loader.units
+        examples_of = units.examples_of
+
+        def noting_draw(rate, random=None):
+            self.draws.append(draw(rate, random))
+            self.shares.append([])
+            return self.draws[-1]
+
+        def noting_examples(chunk, random=None):
+            if random is not None:  # otherwise samples that are looked at
+                self.shares[-1].append(list(chunk))
+            return examples_of(chunk, random)
+
+        loader.draw, units.examples_of = noting_draw, noting_examples
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.logged.append(trainer.strategy.private_statistics)
+
+
+def data_of(n, batch_size):
+    return loader(n=n, batch_size=batch_size, dtype=torch.float64)
+
+
+def fit(size, n=N, batch_size=N, steps=3, module=None, data=None, strategy=None, **settings):
+    """Fit without noise, with an expected batch of so many examples in all; return weights, draws and facts."""
+    dp = ldp.DPStrategy(**{"noise_multiplier": 0, "max_physical_batch_size": 2, **(strategy or {})})
+    watch, module = Watch(), module or Regression(network())
+    made = trainer(dp, max_steps=steps, devices=size, callbacks=[watch], **settings)
+    made.fit(module, data or data_of(n, batch_size // size))
+    return {
+        "start": as_lists(watch.start),
+        "end": as_lists(parameters(module)),
+        "draws": watch.draws[:steps],
+        "shares": watch.shares[:steps],
+        "statistics": watch.logged,
+        "facts": (dp.sample_rate, dp.num_releases, dp.epsilon, dp.max_grad_norm),
+        "metrics": {name: float(value) for name, value in made.callback_metrics.items()},
+        "physical": dp._run.loader.max_physical_batch_size,
+    }
+
+
+def as_lists(tensors):
+    return {name: p.tolist() for name, p in tensors.items()}
+
+
+def users(size):
+    """Every user has two examples, and gives both."""
+    x, y = data_of(N, 1).dataset.tensors
+    owned = ldp.PrivateDataset(TensorDataset(x, y), user_ids=[k // 2 for k in range(N)], examples_per_user=2)
+    return DataLoader(owned, batch_size=N // size)
+
+
+def updates(size):
+    """Fits of all kinds; each begins with weights that differ between the processes."""
+    rank, found = int(os.environ.get("LOCAL_RANK", 0)), {}
+    cases = {
+        "whole": {},
+        "few": {"n": 8, "batch_size": 4, "steps": 8, "strategy": {"max_physical_batch_size": 1}},
+        "collectives": {"n": 8, "batch_size": 4, "steps": 8, "strategy": {"max_physical_batch_size": 1}},
+        "automatic": {"strategy": {"clipping": "automatic"}},
+        "per_layer": {"strategy": {"clipping": "per_layer"}},
+        "adaptive": {"strategy": {"clipping": "adaptive"}},
+        "statistics": {"strategy": {"private_statistics": True, "max_grad_norm": 3.0}},
+        "auto": {"strategy": {"max_physical_batch_size": "auto"}},
+        "manual": {"strategy": {"max_physical_batch_size": None}},
+        "users": {"data": users(size)},
+    }
+    for name, settings in cases.items():
+        torch.manual_seed(1000 + rank)
+        kind = {"collectives": Collective, "manual": TwoOptimizers}.get(name, Regression)
+        found[name] = fit(size, module=kind(network()), **settings)
+    return found
+
+
+# ---- noise -------------------------------------------------------------------------------------------------------
+
+NOISE, WIDTH = 2.0, 40_000
+
+
+class Wide(ZeroGradient):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Parameter(torch.zeros(WIDTH))
+
+
+@contextmanager
+def scaled_noise(factor):
+    """Let every process add noise of another scale."""
+    add = SecretRandom.add_normal
+
+    def wrong(self, totals, std, divisor=1.0):
+        add(self, totals, std * factor, divisor)
+
+    with mock.patch.object(SecretRandom, "add_normal", wrong):
+        yield
+
+
+def noise(size):
+    """The noise of one step: of all processes together, of this one alone, and with noise of a wrong scale."""
+    own, add_up = [], ProcessGroup.add_up
+
+    def noting(self, tensors, tag=0):
+        tensors = list(tensors)
+        own.append(torch.cat([t.flatten() for t in tensors if t.numel() == WIDTH] or [torch.empty(0)]))
+        add_up(self, tensors, tag)
+
+    def one_step(factor=1.0):
+        module = Wide()
+        dp = ldp.DPStrategy(noise_multiplier=NOISE)
+        with scaled_noise(factor):
+            trainer(dp, max_steps=1, devices=size).fit(module, loader(n=20, batch_size=4 // size))
+        return (module.extra.detach().double() * 4).tolist()  # in units of the sum: expected batch 4, rate 1
+
+    with mock.patch.object(ProcessGroup, "add_up", noting):
+        together = one_step()
+    return {
+        "together": together,
+        "own": (own[-1].double() * 4).tolist() if own else together,
+        "once in each process": one_step(math.sqrt(size)),
+        "too little": one_step(1 / math.sqrt(size)),
+    }
+
+
+# ---- what ends a fit -----------------------------------------------------------------------------------------------
+
+
+class Breaking(Regression):
+    """Does something in one training step of one process."""
+
+    def __init__(self, action, rank=1, step=2):
+        super().__init__(network())
+        self.action, self.rank, self.step = action, rank, step
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.trainer.global_rank == self.rank and batch_idx == self.step:
+            return self.action()
+        return None
+
+
+def skip():
+    return -1
+
+
+def fail():
+    raise ValueError("something of the user's")
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def broken(action, folder=None):
+    """A fit in which one process does something; the last checkpoint is that after the first step."""
+    saving = (
+        {} if folder is None else {"callbacks": [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2)]}
+    )
+    dp = ldp.DPStrategy(noise_multiplier=5.0, target_delta=1e-3)
+    trainer(dp, max_steps=6, devices=2, **saving).fit(Breaking(action), data_of(20, 2))
+
+
+def refused():
+    """The errors of fits whose processes differ."""
+    rank = int(os.environ["LOCAL_RANK"])
+    bound = 1.0 + rank
+    lazy = nn.Sequential(nn.LazyLinear(2)).double()
+    settings = {
+        "length": {"data": data_of(20 + rank, 2)},
+        "batch_size": {"data": data_of(20, 2 + rank)},
+        "max_grad_norm": {"strategy": {"max_grad_norm": bound}},
+        "clipping": {"strategy": {"clipping": ldp.AutomaticClipping(bound)}},
+        "check of one process": {"data": [1] if rank else data_of(20, 2)},
+        "target": {"strategy": {"noise_multiplier": None, "target_epsilon": 1e-9}},
+        "module": {"module": Regression(nn.Linear(3, 2 + rank).double())},
+        "lazy": {"module": Regression(lazy)},
+        "skipped": {"module": Breaking(skip), "steps": 4},
+    }
+    found = {}
+    for name, each in settings.items():
+        try:
+            fit(2, **{"data": data_of(20, 2), **each})
+            found[name] = "no error"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+EXPECTED, RESUMED_N, RESUMED_NOISE, RESUMED_DELTA = 4, 20, 3.0, 1e-3
+
+
+def resumed(size, folder, max_steps, checkpoint=None, batch_size=None, **strategy):
+    """Go on with a run; return what is known of it, before and after."""
+    dp = ldp.DPStrategy(**{"noise_multiplier": RESUMED_NOISE, "target_delta": RESUMED_DELTA, **strategy})
+    made = trainer(dp, max_steps=max_steps, devices=size, callbacks=[ModelCheckpoint(folder, filename="{step}")])
+    made.fit(Regression(network()), data_of(RESUMED_N, batch_size or EXPECTED // size), ckpt_path=checkpoint)
+    path = os.path.join(folder, f"to-{max_steps}.ckpt")
+    made.save_checkpoint(path)
+    counts = [
+        (release.noise_multiplier, release.sample_rate, count) for release, count in dp._run.ledger.counts.items()
+    ]
+    return {"path": path, "epsilon": dp.epsilon, "counts": counts, "segments": sorted(dp._run.ledger.segment_ids)}
+
+
+def resumed_by_two(folder, checkpoint):
+    """Go on with a run on two processes, and try to do so with a batch size that is not adapted."""
+    found = resumed(2, folder, 6, checkpoint)
+    try:
+        resumed(2, folder, 6, checkpoint, batch_size=EXPECTED)
+        found["unadapted"] = "no error"
+    except ldp.PrivacyError as error:
+        found["unadapted"] = str(error)
+    return found
+
+
+# ---- without training ------------------------------------------------------------------------------------------------
+
+
+class Evaluated(Regression):
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", (self.net(x) - y).square().mean(), sync_dist=True)
+
+    test_step = validation_step
+
+
+def evaluated(size):
+    """Validation, test and prediction without and after a fit."""
+    torch.manual_seed(1000 + int(os.environ.get("LOCAL_RANK", 0)))
+    module = Evaluated(network())
+    data = DataLoader(data_of(N, 1).dataset, batch_size=N // size)
+    made = trainer(ldp.DPStrategy(noise_multiplier=0), devices=size, limit_val_batches=1.0)
+    found = {"validate": made.validate(module, data, verbose=False), "test": made.test(module, data, verbose=False)}
+    found["predictions"] = [p.tolist() for p in made.predict(module, data)]
+    made.fit(module, data, data)
+    return {**found, "fit": float(made.callback_metrics["val_loss"])}
