@@ -138,8 +138,14 @@ def fit_and_score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str,
         The score; not a number if the metric is none.
 
     Raises:
+        PrivacyConfigurationError: If there are several processes, or no such metric.
         PrivacyError: If the fit ended before its last step.
     """
+    if trainer.world_size > 1:
+        raise PrivacyConfigurationError(
+            f"{trainer.world_size} processes in a search: expected one, since each would make a search of its own. "
+            "Give the Trainer devices=1 and num_nodes=1."
+        )
     validation = {name: value for name, value in data.items() if name != "train_dataloaders"}
     validation = {"dataloaders" if name == "val_dataloaders" else name: v for name, v in validation.items()}
     _score(trainer, module, monitor, validation)  # whatever is wrong with it is found before anything is spent

@@ -218,6 +218,7 @@ def test_the_draw_is_the_systems_and_of_the_distribution(monkeypatch):
         ({"space": {}}, "space={}: expected at least one hyper-parameter"),
         ({"space": {"lr": (2, 1)}}, "lr=.* to search in: expected two numbers, 0 < least <= largest"),
         ({"strategy": "dp"}, "strategy='dp' of a search: expected a DPStrategy"),
+        ({"trainer": {"devices": 2}}, "2 processes in a search: expected one"),
     ],
 )
 def test_what_does_not_go_with_a_search_is_refused_before_anything_is_spent(counted, changes, message):  # noqa: F811
