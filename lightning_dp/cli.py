@@ -41,9 +41,7 @@ COMMANDS = {
     "benchmark": Command(
         benchmark_command, "with the arguments of fit: what privacy costs there in time and memory, measured"
     ),
-    "tune": Command(
-        tune_command, "with the arguments of fit: a search of learning rate and steps, with all runs in one budget"
-    ),
+    "tune": Command(tune_command, "with the arguments of fit: a search of hyper-parameters, within one budget"),
     "report": Command(report_command, "CKPT: what a private fit did, what it cost and what is not covered"),
 }
 

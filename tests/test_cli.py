@@ -14,7 +14,7 @@ from lightning_dp.cli import DPLightningCLI
 from lightning_dp.demos.digits import DigitsDataModule
 from lightning_dp.strategies import DPStrategy
 
-NEED_A_DOWNLOAD = ("text_bitfit",)  # tests/demos/test_film_reviews.py fits it on made-up sentences
+NEED_A_DOWNLOAD = ("text_bitfit", "cifar10", "sst2")  # tests/demos fits them on made-up data
 ALL = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 CONFIGS = [path for path in ALL if path.stem not in NEED_A_DOWNLOAD]
 QUIET = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]

@@ -1,6 +1,7 @@
 """Sentences of film reviews, good or bad, without a hub: they are in the source distribution of a package.
 
-Owns: where the sentences come from, their split and their tokens. Does not own: the network (``sentences``).
+Owns: where the sentences come from, and their split. Does not own: tokens (``sentence_data``) or the network
+(``sentences``).
 
 The sentences are those of the VADER authors (Hutto and Gilbert, ICWSM 2014), cut from the film reviews of Pang and Lee,
 of which SST-2 is made too. The mean of about 20 ratings says how good each is.
@@ -14,19 +15,10 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
-import torch
 from sklearn.model_selection import train_test_split
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
-from lightning_dp.demos.encoder import load_tokenizer
-
-Tokens = Tensor
-"""Numbers of tokens, ``[T]``."""
+from lightning_dp.demos.sentence_data import Sentences
 
 CACHE = Path.home() / ".cache" / "lightning_dp" / "film_reviews.txt"
 _DOWNLOAD = ("-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.2")
@@ -62,7 +54,7 @@ def read_reviews(file: Path) -> tuple[list[str], list[int]]:
     return [sentence.strip() for _, _, sentence in rows], [int(float(rating) > 0) for _, rating, _ in rows]
 
 
-class FilmReviews(pl.LightningDataModule):
+class FilmReviews(Sentences):
     """Sentences as tokens, padded to the longest of a batch, with their mask and label.
 
     Args:
@@ -83,9 +75,8 @@ class FilmReviews(pl.LightningDataModule):
         file: str | None = None,
         encoder: str | None = None,
     ) -> None:
-        super().__init__()
-        self.batch_size, self.max_tokens, self.file, self.encoder = batch_size, max_tokens, file, encoder
-        self.held_out, self.num_examples = held_out, num_examples
+        super().__init__(batch_size, max_tokens, encoder)
+        self.file, self.held_out, self.num_examples = file, held_out, num_examples
 
     def prepare_data(self) -> None:
         """Download the sentences, if need be."""
@@ -95,30 +86,9 @@ class FilmReviews(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Split, always the same way, and make tokens."""
         sentences, labels = read_reviews(Path(self.file) if self.file else reviews_file())
-        tokenizer = load_tokenizer(self.encoder)
-        tokens = [
-            torch.tensor(tokenizer.encode(sentence, truncation=True, max_length=self.max_tokens))
-            for sentence in sentences
-        ]
-        examples = list(zip(tokens, labels, strict=True))
+        examples = self.examples(sentences, labels)
         train, self.test = train_test_split(examples, test_size=self.held_out, random_state=0)
         self.train = train[: self.num_examples]
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Sentences to train on."""
-        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True, collate_fn=collate)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """All held-out sentences."""
-        return DataLoader(self.test, batch_size=128, collate_fn=collate)
-
-
-def collate(examples: list[tuple[Tokens, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens ``[B, T]``, their mask ``[B, T]`` and labels ``[B]``."""
-    tokens = [sentence for sentence, _ in examples]
-    mask = [torch.ones_like(sentence) for sentence in tokens]
-    labels = torch.tensor([label for _, label in examples])
-    return pad_sequence(tokens, batch_first=True), pad_sequence(mask, batch_first=True), labels
 
 
 def _downloaded(folder: Path) -> Path:

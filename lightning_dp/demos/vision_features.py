@@ -1,7 +1,7 @@
 """Features of images by a frozen, public network: one from the hub, or one that public digits have trained.
 
-Owns: the networks, and the digits' features. Does not own: the rescaling of features or the head on them
-(`lightning_dp.FrozenFeatures`, `lightning_dp.LinearHead`).
+Owns: the small network, and the digits' features. Does not own: networks of the hub (``images``), the rescaling of
+features or the head on them (`lightning_dp.FrozenFeatures`, `lightning_dp.LinearHead`).
 
 Public are the first 50 of scikit-learn's training digits, which train the small network; private are the other 1,387.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_dp.demos.digits import Digits, DigitsDataModule
+from lightning_dp.demos.images import HubNetwork
 from lightning_dp.tuning import FrozenFeatures
 
 NUM_PUBLIC = 50
@@ -43,40 +44,6 @@ class SmallConvNet(nn.Module):
         return features
 
 
-class HubNetwork(nn.Module):
-    """A network of timm with its pre-trained weights, as far as its pooled features.
-
-    Args:
-        name: As timm knows it, such as ``vit_base_patch16_224.augreg_in21k``.
-
-    Raises:
-        RuntimeError: If its weights cannot be had; it names the command that fetches them.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        import timm
-
-        try:
-            network: Any = timm.create_model(name, pretrained=True, num_classes=0)
-        except Exception as error:  # of the hub, of its HTTP library or of timm: all of them end here
-            raise RuntimeError(
-                f"no weights of backbone={name!r}: {error}\nWhere there is a network, run\n"
-                f"  python -c \"import timm; timm.create_model('{name}', pretrained=True)\"\n"
-                "and copy the folder ~/.cache/huggingface; or leave backbone out for a small network that public "
-                "digits train."
-            ) from error
-        asked = network.pretrained_cfg
-        self.network, self.num_features, self.size = network, int(network.num_features), asked["input_size"][1:]
-        self.mean, self.std = (nn.Buffer(torch.tensor(asked[name]).view(3, 1, 1)) for name in ("mean", "std"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features ``[B, d]`` of images ``[B, 64]``, scaled up to the size that the network was trained on."""
-        images = F.interpolate(x.view(-1, 1, 8, 8), self.size, mode="bicubic").expand(-1, 3, -1, -1)
-        features: Tensor = self.network((images - self.mean) / self.std)
-        return features
-
-
 def trained_on(public: Digits, steps: int = 60) -> SmallConvNet:
     """Return the small network after so many steps of Adam on all public images, each time shifted otherwise."""
     encoder, head = SmallConvNet(), nn.Linear(SmallConvNet.num_features, 10)
@@ -93,7 +60,7 @@ def network(backbone: str | None, public: Digits) -> nn.Module:
     """Return the network of a name: see `DigitFeatures`."""
     if backbone is None:
         return trained_on(public)
-    return nn.Identity() if backbone == PIXELS else HubNetwork(backbone)
+    return nn.Identity() if backbone == PIXELS else nn.Sequential(nn.Unflatten(1, (1, 8, 8)), HubNetwork(backbone))
 
 
 class Centred(nn.Module):

@@ -139,6 +139,7 @@ def fit_and_score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str,
         The score; not a number if the metric is none.
 
     Raises:
+        PrivacyConfigurationError: If there are several processes, or no such metric.
         PrivacyError: If the fit ended before its last step.
     """
     check_alone(trainer, "a search")

@@ -19,7 +19,8 @@ import lightning_dp as ldp
 from lightning_dp.cli import DPLightningCLI
 from lightning_dp.demos import encoder as encoders
 from lightning_dp.demos import film_reviews as reviews
-from lightning_dp.demos.film_reviews import FilmReviews, collate, read_reviews, reviews_file
+from lightning_dp.demos.film_reviews import FilmReviews, read_reviews, reviews_file
+from lightning_dp.demos.sentence_data import collate
 from lightning_dp.demos.sentences import SentenceClassifier
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import torch
 
 from lightning_dp.demos import vision_features
 from lightning_dp.demos.digits import Digits, DigitsDataModule
-from lightning_dp.demos.vision_features import PIXELS, Centred, DigitFeatures, HubNetwork, SmallConvNet
+from lightning_dp.demos.vision_features import PIXELS, Centred, DigitFeatures, SmallConvNet
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vision_features.py"
 
@@ -58,40 +58,6 @@ def test_public_digits_train_the_network():
         return float(means.var(0).sum() / f.var(0).sum())
 
     assert spread(outputs[1]) > spread(outputs[0]) + 0.1
-
-
-def test_weights_that_cannot_be_had_are_an_error_with_the_command(monkeypatch):
-    timm = pytest.importorskip("timm")
-
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    command = (
-        r"no weights of backbone='vit': no network\n.*\n  python -c \"import timm; timm.create_model\('vit', pretr"
-    )
-    with pytest.raises(RuntimeError, match=command):
-        HubNetwork("vit")
-
-
-def test_a_network_of_timm_gives_features(monkeypatch):
-    timm = pytest.importorskip("timm")
-    make = timm.create_model
-    asked = []
-
-    def without_weights(name, pretrained, num_classes):
-        asked.append(pretrained)
-        return make(name, pretrained=False, num_classes=num_classes)
-
-    monkeypatch.setattr(timm, "create_model", without_weights)
-    network = HubNetwork("test_vit").eval()
-    x = torch.rand(3, 64)
-    assert network(x).shape == (3, network.num_features)
-    assert asked == [True]
-    images = x.view(3, 1, 8, 8).expand(-1, 3, -1, -1)
-    large = torch.nn.functional.interpolate(images, network.size, mode="bicubic")
-    mean, std = (torch.tensor(network.network.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
-    assert torch.allclose(network(x), network.network((large - mean) / std), atol=1e-5)
 
 
 def test_the_example_stays_within_its_budgets():

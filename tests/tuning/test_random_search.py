@@ -188,7 +188,7 @@ def test_nothing_of_a_run_comes_into_the_next_by_callbacks():
     assert not list(Path().rglob("privacy_report*"))
 
 
-def test_the_draw_is_the_systems_and_of_the_distribution(monkeypatch):
+def test_the_draw_is_the_systems_and_of_the_distribution(monkeypatch, tmp_path):
     monkeypatch.undo()
     import random
 
@@ -201,10 +201,10 @@ def test_the_draw_is_the_systems_and_of_the_distribution(monkeypatch):
     assert 0.45 < sum(value < 1 for value in values) / len(values) < 0.55
     torch.manual_seed(0)
     random.seed(0)
-    first = Candidates(Path("first"), search_for)
+    first = Candidates(tmp_path / "first", search_for)
     first.begin()
     random.seed(0)
-    second = Candidates(Path("second"), search_for)
+    second = Candidates(tmp_path / "second", search_for)
     second.begin()
     assert first._state["settings"] != second._state["settings"]
 
@@ -218,6 +218,7 @@ def test_the_draw_is_the_systems_and_of_the_distribution(monkeypatch):
         ({"space": {}}, "space={}: expected at least one hyper-parameter"),
         ({"space": {"lr": (2, 1)}}, "lr=.* to search in: expected two numbers, 0 < least <= largest"),
         ({"strategy": "dp"}, "strategy='dp' of a search: expected a DPStrategy"),
+        ({"trainer": {"devices": 2}}, "a search on 2 devices: it makes several trainers"),
     ],
 )
 def test_what_does_not_go_with_a_search_is_refused_before_anything_is_spent(counted, changes, message):  # noqa: F811
