@@ -32,7 +32,7 @@ from lightning_dp.missing_biases import add_missing_biases
 from lightning_dp.optimizers import DPAdamBC
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import DPStrategy
-from lightning_dp.tuning import FrozenFeatures, LinearHead, SearchSpace, random_search, tune
+from lightning_dp.tuning import FrozenFeatures, LinearHead, PrivateSelection, SearchSpace, random_search, tune
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,7 @@ __all__ = [
     "PrivacyMonitor",
     "PrivacyReport",
     "PrivateDataset",
+    "PrivateSelection",
     "PublicPretraining",
     "Repetitions",
     "SearchSpace",

@@ -17,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Journal, Ledger, RDPFilter, journal_places
+from lightning_dp.accounting import Journal, Ledger, RDPFilter, Release, greatest_epsilon, journal_places
 from lightning_dp.accounting.delta import delta_for
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.clipping import AdaptiveClipping, Clipping
 from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
-from lightning_dp.errors import PrivacyError
+from lightning_dp.errors import PrivacyBudgetExceeded, PrivacyError
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.noise import SecretRandom
 from lightning_dp.private_statistics import PrivateStatistics
@@ -296,6 +296,28 @@ class PrivateRun:
             PrivacyBudgetExceeded: If it does not fit.
         """
         self.budget.book(step)
+
+    def book_beside(self, release: Release) -> None:
+        """Book something that is released beside the steps, before it is made.
+
+        Args:
+            release: What it is.
+
+        Raises:
+            PrivacyBudgetExceeded: If it does not fit into the target.
+        """
+        target, delta = self.settings.target_epsilon, self.delta
+        assert target is not None, "a search has one"
+        assert delta is not None, "a search has one"
+        epsilon = greatest_epsilon(self.settings.accountant_for(delta), self.ledger.histories({release: 1}), delta)
+        if epsilon > target:
+            raise PrivacyBudgetExceeded(
+                f"a release with noise_multiplier={release.noise_multiplier:g} beside the steps would exceed "
+                f"target_epsilon={target:g}: with it, epsilon is {epsilon:.4g} at delta {delta:g}. Use more noise for "
+                "it, or a larger target_epsilon."
+            )
+        self._journal.reserve(self.ledger, release, block=1)
+        self.ledger.book(release)
 
     def _announce(self, mechanism: Mechanism, budget: PrivacyBudget) -> None:
         if mechanism.noise_multiplier == 0:

@@ -5,13 +5,14 @@ random with a random end (arXiv 2110.03620), where the best run alone is release
 
 Owns: the division of a budget among the runs of a search, the extrapolation to the final run, and the searches.
 Does not own: the private steps of a run (``strategies``) or the bound on epsilon (``accounting``).
-Reading order: ``tuner``, ``searching``, ``trials``, ``shares``, ``scaling``, ``fits``, ``history``, ``features``; then
-``random_search``, ``candidates``.
+Reading order: ``tuner``, ``searching``, ``trials``, ``shares``, ``scaling``, ``fits``, ``scores``, ``history``,
+``features``; then ``random_search``, ``candidates``.
 """
 
 from lightning_dp.tuning.features import FrozenFeatures, LinearHead
 from lightning_dp.tuning.random_search import RandomSearchResult
 from lightning_dp.tuning.scaling import Line, SearchSpace, Setting
+from lightning_dp.tuning.scores import PrivateSelection
 from lightning_dp.tuning.searching import TuningResult
 from lightning_dp.tuning.shares import SearchPlan, gaussian_mu
 from lightning_dp.tuning.trials import Outcome, Search
@@ -22,6 +23,7 @@ __all__ = [
     "Line",
     "LinearHead",
     "Outcome",
+    "PrivateSelection",
     "RandomSearchResult",
     "Search",
     "SearchPlan",

@@ -22,6 +22,7 @@ from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.tuning.fits import Run, check_automatic
 from lightning_dp.tuning.history import SearchFile
 from lightning_dp.tuning.scaling import log_uniform, search_range
+from lightning_dp.tuning.scores import PrivateSelection
 from lightning_dp.tuning.trials import check_mode, signed
 
 BEST = "best.ckpt"
@@ -38,6 +39,7 @@ class RandomSearch:
         space: The least and the largest value of every hyper-parameter, above 0; its logarithm is drawn uniformly.
         monitor: Name of the validation metric that chooses.
         mode: Whether ``"max"`` or ``"min"`` of it is best.
+        selection: How scores are paid for; ``None`` for public validation data.
 
     Raises:
         PrivacyConfigurationError: If a value is out of range.
@@ -49,6 +51,7 @@ class RandomSearch:
     space: Mapping[str, tuple[float, float]]
     monitor: str
     mode: str = "max"
+    selection: PrivateSelection | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -17,6 +17,7 @@ from lightning_dp.tuning.configured import ConfiguredRuns
 from lightning_dp.tuning.fits import budget_of
 from lightning_dp.tuning.random_search import RandomSearchResult, run_random_search
 from lightning_dp.tuning.scaling import SearchSpace
+from lightning_dp.tuning.scores import PrivateSelection, Scores, resolve_selection
 from lightning_dp.tuning.searching import TuningResult, run_search, search_for
 
 _DESCRIPTION = """\
@@ -61,11 +62,12 @@ def tune_configuration(arguments: tuple[str, ...], own: argparse.Namespace) -> T
         PrivacyError: If the search is refused, or one of its runs is.
     """
     space = SearchSpace(tuple(own.lr), tuple(own.steps))
-    runs = ConfiguredRuns(arguments, own.monitor, {"lr": own.learning_rate})
+    selection = _selection(own)
+    runs = ConfiguredRuns(arguments, Scores(own.monitor, selection), {"lr": own.learning_rate})
     strategy = runs.strategy()
     search = search_for(
         strategy,
-        selection=own.selection,
+        selection=selection,
         small_epsilons=tuple(own.small_epsilons) if own.small_epsilons else None,
         num_runs=tuple(own.num_runs),
         space=space,
@@ -87,12 +89,18 @@ def random_configuration(arguments: tuple[str, ...], own: argparse.Namespace) ->
         PrivacyError: If the search is refused, or one of its runs is.
     """
     space = {name: _range(name, *values) for name, *values in own.space or ()}
-    runs = ConfiguredRuns(arguments, own.monitor)
-    strategy = runs.strategy()
-    target, delta = budget_of(strategy, own.selection)
-    repetitions = Repetitions(own.mean_runs, own.shape)
-    search = RandomSearch(target, delta, repetitions, space or {"model.lr": SearchSpace().lr}, own.monitor, own.mode)
+    selection = _selection(own)
+    runs = ConfiguredRuns(arguments, Scores(own.monitor, selection))
+    strategy, repetitions = runs.strategy(), Repetitions(own.mean_runs, own.shape)
+    space = space or {"model.lr": SearchSpace().lr}
+    search = RandomSearch(*budget_of(strategy), repetitions, space, own.monitor, own.mode, selection)
     return run_random_search(search, strategy, own.directory, runs)
+
+
+def _selection(own: argparse.Namespace) -> PrivateSelection | None:
+    if own.selection == "private":
+        return PrivateSelection(own.score_noise, tuple(own.score_bounds))
+    return resolve_selection(own.selection)
 
 
 def _range(name: str, least: str, largest: str) -> tuple[float, float]:
@@ -112,7 +120,11 @@ def _parser(method: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lightning-dp tune", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     add = parser.add_argument
     add("--method", default="scaling", choices=("scaling", "random"), help="how to search (scaling)")
-    add("--selection", required=True, metavar="public", help="'public' says that the validation data that chooses is")
+    choices, paid = ("public", "private"), PrivateSelection()
+    noise, bounds = paid.noise_multiplier, paid.bounds
+    add("--selection", required=True, choices=choices, help="what the validation data that chooses is")
+    add("--score_noise", type=float, default=noise, metavar="NOISE", help=f"of scores on private data ({noise:g})")
+    add("--score_bounds", type=float, nargs=2, default=bounds, metavar=("LOW", "HIGH"), help="of one example's (0 1)")
     add("--monitor", default="val_accuracy", metavar="NAME", help="the validation metric that chooses (val_accuracy)")
     add("--mode", default="max", help="max or min of it (max)")
     add("--directory", type=Path, default=Path("tuning"), metavar="FOLDER", help="of this search alone (tuning)")

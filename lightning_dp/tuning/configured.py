@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 from lightning_dp.lightning_cli import DPLightningCLI
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.tuning.fits import QUIET, Run, as_list, check_strategy, fit_and_score
+from lightning_dp.tuning.scores import Scores
 
 
 class ConfiguredRuns:
@@ -22,14 +23,14 @@ class ConfiguredRuns:
 
     Args:
         arguments: Those of ``lightning-dp fit``.
-        monitor: Name of the validation metric.
+        scores: Score the runs.
         names: The arguments that are hyper-parameters, such as ``model.lr``, where these have other names.
     """
 
-    def __init__(self, arguments: tuple[str, ...], monitor: str, names: Mapping[str, str] | None = None) -> None:
+    def __init__(self, arguments: tuple[str, ...], scores: Scores, names: Mapping[str, str] | None = None) -> None:
         # Before the user's own, which may have them otherwise.
         self._arguments = (*(f"--trainer.{name}=false" for name in QUIET), *arguments)
-        self._monitor, self._names = monitor, dict(names or {})
+        self._scores, self._names = scores, dict(names or {})
 
     def strategy(self) -> DPStrategy:
         """Return the strategy of the configuration.
@@ -43,7 +44,7 @@ class ConfiguredRuns:
         """Make a run, and return its score."""
         values = (f"--{self._names.get(name, name)}={value!r}" for name, value in run.values.items())
         cli = _TunedCLI((*self._arguments, *values), strategy, run)
-        return fit_and_score(cli.trainer, cli.model, self._monitor, run, {"datamodule": cli.datamodule})
+        return fit_and_score(cli.trainer, cli.model, self._scores, run, {"datamodule": cli.datamodule})
 
 
 class _TunedCLI(DPLightningCLI):

@@ -21,6 +21,7 @@ from lightning_dp.callbacks import PrivacyReport
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.strategies.checks import check_alone
+from lightning_dp.tuning.scores import Scores
 
 QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 """What the trainers of a search leave out, unless the user says otherwise."""
@@ -60,8 +61,8 @@ class PythonRuns:
     Args:
         make_module: Makes a module that is not trained yet, of the hyper-parameters.
         train_dataloader: Private.
-        val_dataloader: Public.
-        monitor: Name of the validation metric.
+        val_dataloader: Chooses.
+        scores: Score the runs.
         trainer: Further arguments of every ``Trainer``.
     """
 
@@ -70,10 +71,10 @@ class PythonRuns:
         make_module: Callable[[Mapping[str, float]], pl.LightningModule],
         train_dataloader: object,
         val_dataloader: object,
-        monitor: str,
+        scores: Scores,
         trainer: Mapping[str, Any] | None,
     ) -> None:
-        self._make_module, self._monitor = make_module, monitor
+        self._make_module, self._scores = make_module, scores
         self._data = {"train_dataloaders": train_dataloader, "val_dataloaders": val_dataloader}
         self._trainer = dict(trainer or {})
         self._callbacks = as_list(self._trainer.pop("callbacks", None))
@@ -83,7 +84,7 @@ class PythonRuns:
         """Make a run, and return its score."""
         arguments = {**dict.fromkeys(QUIET, False), **self._trainer, **run.settings}
         trainer = pl.Trainer(**arguments, callbacks=run.callbacks(self._callbacks), strategy=strategy)
-        return fit_and_score(trainer, self._new_module(run.values), self._monitor, run, self._data)
+        return fit_and_score(trainer, self._new_module(run.values), self._scores, run, self._data)
 
     def _new_module(self, values: Mapping[str, float]) -> pl.LightningModule:
         module = self._make_module(values)
@@ -125,13 +126,13 @@ def check_automatic(module: pl.LightningModule) -> None:
         )
 
 
-def fit_and_score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str, run: Run, data: Any) -> float:
+def fit_and_score(trainer: pl.Trainer, module: pl.LightningModule, scores: Scores, run: Run, data: Any) -> float:
     """Make a run.
 
     Args:
         trainer: With the settings and the check of the run.
         module: Not trained yet.
-        monitor: Name of the validation metric.
+        scores: Score the runs.
         run: Which run.
         data: Keyword arguments of ``fit``.
 
@@ -145,17 +146,19 @@ def fit_and_score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str,
     check_alone(trainer, "a search")
     validation = {name: value for name, value in data.items() if name != "train_dataloaders"}
     validation = {"dataloaders" if name == "val_dataloaders" else name: v for name, v in validation.items()}
-    _score(trainer, module, monitor, validation)  # whatever is wrong with it is found before anything is spent
+    scores.check(trainer, module, validation)
     strategy: Any = trainer.strategy
+    scores.pay(strategy)
     before = strategy.num_releases
-    trainer.fit(module, **data)
+    with scores.unseen(trainer):
+        trainer.fit(module, **data)
     made, planned = strategy.num_releases - before, strategy.budget.planned_steps
     if made != planned:
         raise PrivacyError(
             f"a run of the search ended after {made} of {planned} steps, and its score would be that of another "
             "setting. What it spent stays spent. Leave out what ends a fit early, such as EarlyStopping and max_time."
         )
-    score = _score(trainer, module, monitor, validation)
+    score = scores.score(trainer, module, validation)
     if run.checkpoint is not None:
         trainer.save_checkpoint(run.checkpoint)
     return score
@@ -193,32 +196,14 @@ def check_strategy(strategy: object) -> DPStrategy:
     return strategy
 
 
-def budget_of(strategy: DPStrategy, selection: str) -> tuple[float, float]:
+def budget_of(strategy: DPStrategy) -> tuple[float, float]:
     """Return the target epsilon and the delta of a search.
 
     Args:
         strategy: A new one, with target and delta.
-        selection: ``"public"``.
 
     Raises:
-        PrivacyConfigurationError: If the strategy does not go with a search, or the validation data that chooses is not
-            said to be public.
+        PrivacyConfigurationError: If the strategy does not go with a search.
     """
-    if selection != "public":
-        raise PrivacyConfigurationError(
-            f"selection={selection!r}: expected 'public'. Scores on private validation data would choose without being "
-            "paid for. Hold out public data of the same kind, or choose settings on public data alone."
-        )
     settings = check_strategy(strategy)._run.settings
     return cast(float, settings.target_epsilon), cast(float, settings.target_delta)
-
-
-def _score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str, data: Mapping[str, Any]) -> float:
-    trainer.validate(module, verbose=False, **data)
-    metrics = trainer.callback_metrics
-    if monitor not in metrics:
-        raise PrivacyConfigurationError(
-            f"monitor={monitor!r}: validation logs {sorted(metrics) or 'nothing'}. Give the name of what is to choose, "
-            "and log it in validation_step."
-        )
-    return float(metrics[monitor])

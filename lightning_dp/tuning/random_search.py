@@ -21,6 +21,7 @@ from lightning_dp.accounting import Phase, RDPBestOf, Repetitions
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.tuning.candidates import BEST, Candidates, RandomSearch
 from lightning_dp.tuning.fits import Fit
+from lightning_dp.tuning.scores import choice
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RandomSearchResult:
         num_steps: Of every run.
         checkpoint: The best run's, with its own ledger and the accountant of the search.
         monitor: The metric that chose.
+        score_is_private: Whether the score is a noisy one of private validation data, and part of epsilon.
     """
 
     values: Mapping[str, float]
@@ -50,6 +52,7 @@ class RandomSearchResult:
     num_steps: int
     checkpoint: Path
     monitor: str
+    score_is_private: bool = False
 
     def print(self) -> None:
         """Print the best run, and what the search cost."""
@@ -62,7 +65,7 @@ class RandomSearchResult:
             f"In all: epsilon {self.epsilon:.4f} of {self.target_epsilon:g} at delta {self.delta:g}, for the best of a "
             f"random number of runs ({self.repetitions.mean:g} expected, shape {self.repetitions.shape:g}). It covers "
             "this run and that it was chosen; how many runs there were, how long they took and what came out of the "
-            f"others must stay unknown. The validation data that chose is public.\nWeights: {self.checkpoint}"
+            f"others must stay unknown. {choice(self.score_is_private)}\nWeights: {self.checkpoint}"
         )
         Console().print(table)
 
@@ -90,7 +93,8 @@ def run_random_search(search: RandomSearch, strategy: DPStrategy, directory: Pat
         best = candidates.close()
     mechanism = best["mechanism"]
     phase = Phase(mechanism["noise_multiplier"], mechanism["sample_rate"], mechanism["num_steps"])
-    epsilon = accountant.epsilon([phase], search.target_delta)
+    scores = [] if search.selection is None else [search.selection.phase]
+    epsilon = accountant.epsilon([phase, *scores], search.target_delta)
     assert epsilon <= search.target_epsilon, "the budget of every run refuses a release that exceeds it"
     return RandomSearchResult(
         best["values"],
@@ -103,4 +107,5 @@ def run_random_search(search: RandomSearch, strategy: DPStrategy, directory: Pat
         phase.num_releases,
         directory / BEST,
         search.monitor,
+        search.selection is not None,
     )

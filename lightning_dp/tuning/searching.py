@@ -15,6 +15,7 @@ from rich.table import Table
 from lightning_dp.strategies import DPStrategy
 from lightning_dp.tuning.fits import Fit, FullBatches, Run, budget_of
 from lightning_dp.tuning.history import History
+from lightning_dp.tuning.scores import PrivateSelection, choice
 from lightning_dp.tuning.shares import SearchPlan
 from lightning_dp.tuning.trials import Outcome, Search, Trial
 
@@ -29,7 +30,7 @@ class TuningResult:
         outcomes: Of all runs in their order, the final one last.
         plan: How the budget was divided.
         epsilon: What all runs together spent, at ``plan.target_delta``: an upper bound, in nats.
-        num_releases: Noisy steps of all runs, interrupted ones included.
+        num_releases: Noisy steps of all runs, interrupted ones included, and scores that were paid for.
         checkpoint: The final run's, with the ledger of all runs.
         monitor: The metric that chose.
     """
@@ -57,8 +58,8 @@ class TuningResult:
             table.add_row("final" if final else f"{number}", *values, style="bold" if final else None)
         table.caption = (
             f"In all: epsilon {self.epsilon:.4f} of {self.plan.target_epsilon:g} at delta {self.plan.target_delta:g}, "
-            f"{self.num_releases} full-batch steps. It covers the choice of learning rate and steps by these runs. The "
-            f"validation data that chose is public.\nWeights: {self.checkpoint}"
+            f"{self.num_releases} full-batch releases. It covers the choice of learning rate and steps by these runs. "
+            f"{choice(self.plan.score_mu > 0)}\nWeights: {self.checkpoint}"
         )
         Console().print(table)
 
@@ -111,7 +112,7 @@ def _run(trial: Trial, directory: Path) -> Run:
 def search_for(
     strategy: DPStrategy,
     *,
-    selection: str,
+    selection: PrivateSelection | None,
     small_epsilons: tuple[float, ...] | None,
     num_runs: tuple[int, ...],
     **search: Any,
@@ -120,14 +121,15 @@ def search_for(
 
     Args:
         strategy: A new one, with target and delta.
-        selection: ``"public"``.
+        selection: How scores are paid for; ``None`` for public validation data.
         small_epsilons: As for `SearchPlan.within`.
         num_runs: As for `SearchPlan.within`.
         **search: Other arguments of `Search`.
 
     Raises:
-        PrivacyConfigurationError: If one of them does not go with a search, or the validation data that chooses is not
-            said to be public.
+        PrivacyConfigurationError: If one of them does not go with a search.
     """
-    target, delta = budget_of(strategy, selection)
-    return Search(SearchPlan.within(target, delta, small_epsilons=small_epsilons, num_runs=num_runs), **search)
+    target, delta = budget_of(strategy)
+    score_mu = 0.0 if selection is None else 1 / selection.noise_multiplier
+    plan = SearchPlan.within(target, delta, small_epsilons=small_epsilons, num_runs=num_runs, score_mu=score_mu)
+    return Search(plan, selection=selection, **search)

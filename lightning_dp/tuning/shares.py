@@ -92,6 +92,7 @@ class SearchPlan:
         target_delta: In (0, 1).
         epsilons: Of one run of each stage, each alone at ``target_delta``, in nats; the last is the final run's.
         num_runs: How many runs there are of each stage; one in the last.
+        score_mu: What the score of a run takes beside, not squared; 0 if the validation data is public.
 
     Raises:
         PrivacyConfigurationError: If a value is out of range, the stages do not match, or all runs together exceed the
@@ -102,6 +103,7 @@ class SearchPlan:
     target_delta: float
     epsilons: tuple[float, ...]
     num_runs: tuple[int, ...] = (3, 3, 1)
+    score_mu: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the values, and that everything fits."""
@@ -125,6 +127,7 @@ class SearchPlan:
         *,
         small_epsilons: tuple[float, ...] | None = None,
         num_runs: tuple[int, ...] = (3, 3),
+        score_mu: float = 0.0,
     ) -> SearchPlan:
         """The plan whose final run has all that the small ones leave.
 
@@ -133,6 +136,7 @@ class SearchPlan:
             target_delta: In (0, 1).
             small_epsilons: Of one run of each stage before the final one, rising. Default: 5 % and 10 % of the target.
             num_runs: How many runs there are of each of these stages.
+            score_mu: What the score of a run takes beside, not squared.
 
         Raises:
             PrivacyConfigurationError: If a value is out of range, or the small runs leave less to the final one than
@@ -141,22 +145,26 @@ class SearchPlan:
         target, delta = check_target_epsilon(target_epsilon), check_delta("target_delta", target_delta)
         small = (0.05 * target, 0.1 * target) if small_epsilons is None else tuple(small_epsilons)
         _check_stages((*small, target), (*num_runs, 1))
-        squares = [n * gaussian_mu(epsilon, delta) ** 2 for epsilon, n in zip(small, num_runs, strict=True)]
-        left = _usable_mu(target, delta) ** 2 - sum(squares)
+        shares = zip(small, num_runs, strict=True)
+        squares = [n * (gaussian_mu(epsilon, delta) ** 2 + score_mu**2) for epsilon, n in shares]
+        left = _usable_mu(target, delta) ** 2 - sum(squares) - score_mu**2
         final = gaussian_epsilon(math.sqrt(left), delta) if left > 0 else 0.0
         if final <= small[-1]:
             raise PrivacyConfigurationError(
-                f"small_epsilons={small} with num_runs={tuple(num_runs)} leave epsilon {final:.4g} of "
+                f"small_epsilons={small} with num_runs={tuple(num_runs)}"
+                f"{f' and scores of mu={score_mu:.3g}' if score_mu else ''} leave epsilon {final:.4g} of "
                 f"target_epsilon={target:g} to the final run: expected more than {small[-1]:g}, what a run has that is "
-                "only tried. Use smaller ones, or fewer runs."
+                f"only tried. Use smaller ones, {'more noise for the scores, ' if score_mu else ''}or fewer runs."
             )
-        return cls(target, delta, (*small, final), (*num_runs, 1))
+        return cls(target, delta, (*small, final), (*num_runs, 1), score_mu)
 
     @property
     def mu(self) -> float:
         """Of all runs together, not squared."""
         stages = zip(self.epsilons, self.num_runs, strict=True)
-        return math.sqrt(sum(n * gaussian_mu(epsilon, self.target_delta) ** 2 for epsilon, n in stages))
+        return math.sqrt(
+            sum(n * (gaussian_mu(epsilon, self.target_delta) ** 2 + self.score_mu**2) for epsilon, n in stages)
+        )
 
     @property
     def epsilon(self) -> float:
@@ -186,7 +194,8 @@ class SearchPlan:
             PrivacyBudgetExceeded: If less is left than one run of the stage before had.
         """
         before = spent_mu(spent)
-        left = math.sqrt(max(0.0, _usable_mu(self.target_epsilon, self.target_delta) ** 2 - before**2))
+        usable = _usable_mu(self.target_epsilon, self.target_delta)
+        left = math.sqrt(max(0.0, usable**2 - before**2 - self.score_mu**2))
         if left < gaussian_mu(self.epsilons[-2], self.target_delta):
             epsilon = gaussian_epsilon(before, self.target_delta) if math.isfinite(before) else math.inf
             raise PrivacyBudgetExceeded(

@@ -15,6 +15,7 @@ from lightning_dp.accounting import Phase
 from lightning_dp.accounting.gaussian import gaussian_epsilon
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.tuning.scaling import Line, SearchSpace, Setting
+from lightning_dp.tuning.scores import PrivateSelection
 from lightning_dp.tuning.shares import SearchPlan, gaussian_mu, gaussian_noise
 
 
@@ -46,7 +47,7 @@ class Outcome:
         epsilon: What the run alone spent, in nats.
         lr: Learning rate.
         num_steps: Steps.
-        score: By public validation data; not a number if there was none.
+        score: By the validation data, noisy if that is private; not a number if there was none.
     """
 
     stage: int
@@ -71,6 +72,7 @@ class Search:
         monitor: Name of the validation metric that chooses.
         mode: Whether ``"max"`` or ``"min"`` of it is best.
         seed: Of the settings that are tried.
+        selection: How scores are paid for; ``None`` for public validation data.
 
     Raises:
         PrivacyConfigurationError: If ``mode`` is neither.
@@ -81,6 +83,7 @@ class Search:
     monitor: str
     mode: str = "max"
     seed: int = 0
+    selection: PrivateSelection | None = None
 
     def __post_init__(self) -> None:
         """Check the mode."""

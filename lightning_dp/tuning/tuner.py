@@ -18,6 +18,7 @@ from lightning_dp.tuning.candidates import RandomSearch
 from lightning_dp.tuning.fits import PythonRuns, budget_of
 from lightning_dp.tuning.random_search import RandomSearchResult, run_random_search
 from lightning_dp.tuning.scaling import SearchSpace
+from lightning_dp.tuning.scores import PrivateSelection, Scores, resolve_selection
 from lightning_dp.tuning.searching import TuningResult, run_search, search_for
 
 
@@ -27,7 +28,7 @@ def tune(
     val_dataloader: object,
     *,
     strategy: DPStrategy,
-    selection: str,
+    selection: str | PrivateSelection,
     monitor: str = "val_accuracy",
     mode: str = "max",
     space: SearchSpace | None = None,
@@ -43,14 +44,14 @@ def tune(
     a line, and the line the setting of the final run, which has the rest of the budget. Full batches only.
 
     Guarantee: all runs together, interrupted ones included, spend at most ``target_epsilon`` of the strategy, and that
-    covers the choice. Not covered: the validation data.
+    covers the choice. Not covered: validation data that is said to be public.
 
     Args:
         make_module: Makes a module that is not trained yet, of a learning rate.
         train_dataloader: A `DataLoader` with ``batch_size=len(dataset)``, such as ``FrozenFeatures(...).dataloader()``.
-        val_dataloader: Public data that the best run is chosen by.
+        val_dataloader: Data that the best run is chosen by.
         strategy: A new one, with ``target_epsilon`` and ``target_delta`` for all runs together.
-        selection: ``"public"``: says that the validation data is.
+        selection: ``"public"`` says that the validation data is; a `PrivateSelection`, that its scores are paid for.
         monitor: What ``validation_step`` logs and is to choose.
         mode: ``"max"`` or ``"min"``.
         space: Where settings are tried.
@@ -72,9 +73,10 @@ def tune(
         ... )
         >>> result.print()  # doctest: +SKIP
     """
+    paid = resolve_selection(selection)
     search = search_for(
         strategy,
-        selection=selection,
+        selection=paid,
         small_epsilons=small_epsilons,
         num_runs=num_runs,
         space=space or SearchSpace(),
@@ -82,7 +84,8 @@ def tune(
         mode=mode,
         seed=seed,
     )
-    fit = PythonRuns(lambda values: make_module(values["lr"]), train_dataloader, val_dataloader, monitor, trainer)
+    scores = Scores(monitor, paid)
+    fit = PythonRuns(lambda values: make_module(values["lr"]), train_dataloader, val_dataloader, scores, trainer)
     return run_search(search, strategy, Path(directory), fit)
 
 
@@ -92,7 +95,7 @@ def random_search(
     val_dataloader: object,
     *,
     strategy: DPStrategy,
-    selection: str,
+    selection: str | PrivateSelection,
     space: Mapping[str, tuple[float, float]],
     repetitions: Repetitions | None = None,
     monitor: str = "val_accuracy",
@@ -109,14 +112,14 @@ def random_search(
     ``target_delta``; that covers the choice. It does NOT hold for whoever learns anything else: the number of runs, how
     long the search took, or logs, scores and weights of the other runs. The directory is private until the search has
     ended; then it holds nothing of them. The number of runs is drawn by this function and must not be chosen, nor a
-    search begun again because of what was seen of it. Not covered: the validation data.
+    search begun again because of what was seen of it. Not covered: validation data that is said to be public.
 
     Args:
         make_module: Makes a module that is not trained yet, of the hyper-parameters, given by name.
         train_dataloader: As for an ordinary fit; ``batch_size`` is the expected size of a logical batch.
-        val_dataloader: Public data that the best run is chosen by.
+        val_dataloader: Data that the best run is chosen by.
         strategy: A new one, with ``target_epsilon`` and ``target_delta`` for the whole search.
-        selection: ``"public"``: says that the validation data is.
+        selection: ``"public"`` says that the validation data is; a `PrivateSelection`, that its scores are paid for.
         space: The least and the largest value of every hyper-parameter; their logarithms are uniform. None of them may
             change noise, batch size or steps.
         repetitions: The distribution of the number of runs. Default: geometric, 10 expected.
@@ -138,7 +141,8 @@ def random_search(
         ... )
         >>> result.print()  # doctest: +SKIP
     """
-    target, delta = budget_of(strategy, selection)
-    search = RandomSearch(target, delta, repetitions or Repetitions(), space, monitor, mode)
-    fit = PythonRuns(lambda values: make_module(**values), train_dataloader, val_dataloader, monitor, trainer)
+    paid = resolve_selection(selection)
+    search = RandomSearch(*budget_of(strategy), repetitions or Repetitions(), space, monitor, mode, paid)
+    scores = Scores(monitor, paid)
+    fit = PythonRuns(lambda values: make_module(**values), train_dataloader, val_dataloader, scores, trainer)
     return run_random_search(search, strategy, Path(directory), fit)

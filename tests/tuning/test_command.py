@@ -65,7 +65,7 @@ def test_a_configuration_is_tuned_within_its_budget(monkeypatch, config, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--selection=private"], "selection='private': expected 'public'"),
+        (["--selection=private", "--score_noise=0"], "noise_multiplier=0 of PrivateSelection"),
         (["--selection=public", "--data.batch_size=60"], "sample_rate=0.5: expected 1"),
         (["--selection=public", "--trainer.strategy=auto"], "expected a DPStrategy"),
         (["--selection=public", "--lr", "2", "1"], "lr=.* to search in"),

@@ -212,7 +212,10 @@ def test_the_draw_is_the_systems_and_of_the_distribution(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"selection": "private"}, r"selection='private': expected 'public'.*Hold out public data"),
+        (
+            {"selection": "private"},
+            r"selection='private': expected 'public' or a PrivateSelection.*Hold out public data",
+        ),
         ({"mode": "best"}, "mode='best': expected 'max' or 'min'"),
         ({"monitor": "f1"}, r"monitor='f1': validation logs \['val_accuracy'\]"),
         ({"space": {}}, "space={}: expected at least one hyper-parameter"),

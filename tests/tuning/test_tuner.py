@@ -202,7 +202,10 @@ def test_a_killed_search_goes_on_with_what_it_has_spent(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"selection": "private"}, r"selection='private': expected 'public'.*Hold out public data"),
+        (
+            {"selection": "private"},
+            r"selection='private': expected 'public' or a PrivateSelection.*Hold out public data",
+        ),
         ({"mode": "best"}, "mode='best': expected 'max' or 'min'"),
         ({"monitor": "f1"}, r"monitor='f1': validation logs \['val_accuracy'\]"),
         ({"strategy": "dp"}, "strategy='dp' of a search: expected a DPStrategy"),
