@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 from lightning_dp.accounting import PRVAccountant
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.strategies import DPStrategy
-from lightning_dp.strategies.checks import check_alone
 from lightning_dp.tuning.trials import Trial
 
 QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -66,7 +65,6 @@ def fit_and_score(trainer: pl.Trainer, module: pl.LightningModule, monitor: str,
     Raises:
         PrivacyError: If the fit ended before its last step.
     """
-    check_alone(trainer, "a search")
     validation = {name: value for name, value in data.items() if name != "train_dataloaders"}
     validation = {"dataloaders" if name == "val_dataloaders" else name: v for name, v in validation.items()}
     _score(trainer, module, monitor, validation)  # whatever is wrong with it is found before anything is spent
