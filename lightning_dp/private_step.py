@@ -13,7 +13,6 @@ DP-SGD, arXiv 1607.00133, algorithm 1, with Poisson sampling and division by the
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -150,7 +149,7 @@ class PrivateStep:
         """
         released = {name: self._sum_of(name) for name in (self._parameters if names is None else names)}
         self._add_noise(released.values())
-        self._processes.add_up(released.values(), self._tag(len(released)))
+        self._processes.add_up(released.values(), self._next_release(len(released)))
         for name, noisy in released.items():
             parameter = self._parameters[name]
             parameter.grad = noisy.to(parameter)
@@ -165,10 +164,10 @@ class PrivateStep:
         self._sums.clear()
         self._logical_batches = 0
 
-    def _tag(self, num_parameters: int) -> int:
-        """Return a number that says what is released: which step, which time in it, and of how many parameters."""
+    def _next_release(self, num_parameters: int) -> str:
+        """Say what is released: which step, which time in it, and how many parameters."""
         self._released += 1
-        return zlib.crc32(repr((self._at, self._released, num_parameters)).encode())
+        return f"{self._at} {self._released} {num_parameters}"
 
     @property
     def _begun(self) -> Mechanism:

@@ -13,6 +13,7 @@ import pickle
 import random
 import secrets
 import socket
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -31,7 +32,7 @@ _BUCKET = 2**22
 """Elements that are added up at once: small tensors are packed up to this, larger ones go without a copy."""
 
 _TAGS = 2**24
-"""Tags are below this: each is then a number in float32."""
+"""Numbers below this are exact in float32."""
 
 T = TypeVar("T")
 
@@ -75,15 +76,15 @@ class Processes:
             PrivacyConfigurationError: If they do not; in all of them.
         """
 
-    def add_up(self, tensors: Iterable[Tensor], tag: int = 0) -> None:
+    def add_up(self, tensors: Iterable[Tensor], what: str = "") -> None:
         """Replace every tensor by its sum over all processes, bitwise the same in each.
 
         Args:
             tensors: Contiguous, in the same order everywhere.
-            tag: Says what is added up, which must be the same thing everywhere.
+            what: Says what is added up, which must be the same thing everywhere.
 
         Raises:
-            PrivacyError: If the tags differ; what was added up must not be used then.
+            PrivacyError: If it is not; nothing was added up then.
         """
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -148,12 +149,14 @@ class ProcessGroup(Processes):
 
     def broadcast(self, value: T) -> T:
         """Tell all processes the value of the first one."""
+        self._meet("broadcast")
         told = [value if self.is_first else None]
         dist.broadcast_object_list(told, 0)
         return value if self.is_first else cast(T, told[0])
 
     def gather(self, value: T) -> list[T]:
         """Tell all processes the values of all; tensors in them come on the CPU."""
+        self._meet("gather")
         told: list[Any] = [None] * self.size
         dist.all_gather_object(told, tree_map_only(Tensor, Tensor.cpu, value))
         return told
@@ -184,19 +187,27 @@ class ProcessGroup(Processes):
                     "Every process must run the same script with the same settings on the same data."
                 )
 
-    def add_up(self, tensors: Iterable[Tensor], tag: int = 0) -> None:
-        """Add up in buckets of bounded size, with one slot for the tag of each process in the last one."""
-        every = list(tensors)
-        like = every[-1] if every else torch.empty(0, device=self._device)
-        tags = torch.zeros(self.size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        tags[self.rank] = tag % _TAGS
-        for bucket in _buckets([*every, tags]):
+    def add_up(self, tensors: Iterable[Tensor], what: str = "") -> None:
+        """Add up in buckets of bounded size."""
+        self._meet(f"add up {what}")
+        for bucket in _buckets(tensors):
             _add_up(bucket, self._device)
-        if any(found != tag % _TAGS for found in tags.tolist()):
+
+    def _meet(self, what: str) -> None:
+        """Check that all processes are about to do the same.
+
+        A sum of steps that are not the same one would have two draws in it, and a collective in the place of another
+        would wait without end. So each begins with this one, of a number for each process: its own says what it does.
+        """
+        mine = zlib.crc32(what.encode()) % _TAGS
+        numbers = torch.zeros(self.size, device=self._device)
+        numbers[self.rank] = mine
+        dist.all_reduce(numbers)
+        if any(number != mine for number in numbers.tolist()):
             raise PrivacyError(
-                "the processes have not released the same thing: a training step, a batch or an optimizer's step was "
-                "skipped in some of them only. Let every process make the same steps; what is skipped must not depend "
-                "on the rank or on the samples."
+                "the processes do not make the same steps: a training step, a batch, an optimizer's step or the end of "
+                "an epoch has come in some of them only. What is skipped, or ends an epoch, must not depend on the "
+                "rank or on the samples."
             )
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:

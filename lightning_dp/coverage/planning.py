@@ -114,6 +114,8 @@ def plan(
     if not rehearsed:
         _count(found, model, [])
         found.errors = found.errors or [_NO_STEP]
+    if not strategy.is_global_zero:  # of several processes one shows and writes
+        return found
     if show:
         print_plan(found)
     if figure is not None and found.forecast is not None:

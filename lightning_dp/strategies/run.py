@@ -55,6 +55,7 @@ class PrivateRun:
     def __init__(self, settings: PrivacySettings) -> None:
         self.settings, self.ledger = settings, Ledger()
         self.processes = Processes()
+        self.is_lost = False  # whether processes that went on with it have ended without telling what they released
         self.loader: PoissonLoader | None = None
         self._user: DataLoader[object] | None = None
         self._units: Units = ExampleUnits(0)
@@ -93,6 +94,14 @@ class PrivateRun:
         other.ledger.merge(self.ledger.state_dict())
         self.__dict__.update(other.__dict__)
 
+    def _check_known(self) -> None:
+        if self.is_lost:
+            raise PrivacyError(
+                "a fit in other processes ended by an exception, and what it has released is not known in this one. "
+                "Checkpoints and the journal beside them know: go on from the last one by fit(ckpt_path=...), with "
+                "another DPStrategy."
+            )
+
     def _merge_histories(self) -> None:
         """Count what any of the processes knows of: each may have read journals that others do not see."""
         for history in self.processes.gather(self.ledger.state_dict()):
@@ -111,7 +120,12 @@ class PrivateRun:
 
     @property
     def epsilon(self) -> float:
-        """Epsilon spent by all releases so far."""
+        """Epsilon spent by all releases so far.
+
+        Raises:
+            PrivacyError: If that is not known here.
+        """
+        self._check_known()
         return self.budget.epsilon if self.ledger.num_releases or self._budget else 0.0
 
     @property
@@ -153,6 +167,7 @@ class PrivateRun:
         Raises:
             PrivacyConfigurationError: If the dataloader, the settings and the trainer do not go together.
         """
+        self._check_known()
         user = self._user = self.processes.together(lambda: check_dataloader(dataloader))
         units = self._units = self.processes.together(lambda: units_of(user.dataset))
         self._check_alike(trainer)
@@ -320,7 +335,7 @@ class PrivateRun:
         self.ledger.book(release)
 
     def _announce(self, mechanism: Mechanism, budget: PrivacyBudget) -> None:
-        if mechanism.noise_multiplier == 0:
+        if mechanism.noise_multiplier == 0 and self.processes.is_first:
             _log.warning("noise_multiplier=0: this run is NOT private, its epsilon is infinite.")
         if self.settings.noise_multiplier is not None or self.ledger.num_releases:
             return

@@ -1,6 +1,8 @@
 """Poisson sampling, against the Bernoulli distribution."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp.data import ExampleUnits, PoissonLoader
 from lightning_dp.errors import PrivacyError
-from lightning_dp.noise import SecretRandom
+from lightning_dp.noise import SecretRandom, SharedRandom
+from lightning_dp.processes import Processes
 
 N, DRAWS = 50, 2000
 
@@ -240,3 +243,71 @@ def test_the_size_may_change_before_every_epoch(workers):
         assert largest == size
     assert states[0] == Known(0)._cpu.bit_generator.state  # nothing was drawn before
     assert len(states) == 2
+
+
+class OneOf(Processes):
+    """One of several processes, all of which are simulated here: they know one key for each epoch."""
+
+    def __init__(self, rank, size, seed=0):
+        self.rank, self.size = rank, size
+        self._keys = np.random.default_rng(seed)
+
+    def common_random(self, own):
+        return SharedRandom(int(self._keys.integers(2**62)))
+
+
+def of_several(size, **settings):
+    loaders = [poisson(seed=rank, **settings) for rank in range(size)]
+    for rank, loader in enumerate(loaders):
+        loader._processes = OneOf(rank, size)
+    return loaders
+
+
+def shares(loader):
+    """The units of every logical batch, and in how many physical batches they came."""
+    for (first,) in loader:
+        chunk, rest = loader.take()
+        parts = [(first, chunk.num_real), *((other.data[0], other.num_real) for other in rest)]
+        yield [unit for rows, real in parts for unit in rows[:real].tolist()], len(parts)
+
+
+@pytest.mark.parametrize(("size", "q"), [(2, 0.3), (7, 0.1)])
+def test_what_several_processes_draw_together_is_one_poisson_sample(size, q):
+    rows = torch.zeros(DRAWS, N)
+    for row, parts in zip(rows, zip(*map(shares, of_several(size, q=q, physical=2)), strict=True), strict=True):
+        units = [unit for its, _ in parts for unit in its]
+        assert len(units) == len(set(units)), "a unit is in one logical batch twice"
+        lengths = [len(its) for its, _ in parts]
+        assert max(lengths) - min(lengths) <= 1
+        assert {count for _, count in parts} == {max(1, math.ceil(max(lengths) / 2))}, "a process has more batches"
+        row[units] = 1
+    assert passes(rows, q)
+
+
+def test_draws_with_keys_of_their_own_are_none():
+    """The test of one Poisson sample rejects processes that do not draw alike."""
+    loaders = of_several(2)
+    for rank, loader in enumerate(loaders):
+        loader._processes = OneOf(rank, 2, seed=rank)
+    both = [unit for its in zip(*map(shares, loaders), strict=True) for unit in its[0][0] if unit in its[1][0]]
+    assert both
+
+
+def test_an_epoch_that_is_broken_off_leaves_the_next_one_alike_in_all_processes():
+    """Whatever a process has fetched of an epoch before it is broken off."""
+    loaders = of_several(2, num_batches=20)
+    for loader, taken in zip(loaders, (3, 11), strict=True):
+        for k, _ in enumerate(loader):
+            if k == taken:
+                break
+    epochs = [list(shares(loader)) for loader in loaders]
+    assert any(its for its, _ in epochs[0])
+    for (mine, _), (other, _) in zip(*epochs, strict=True):
+        assert not set(mine) & set(other)
+        assert abs(len(mine) - len(other)) <= 1
+
+
+def test_the_key_of_a_draw_cannot_be_copied():
+    for take in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="secret: they cannot be copied or pickled"):
+            take(SharedRandom(1))

@@ -84,11 +84,12 @@ def data_of(n, batch_size):
     return loader(n=n, batch_size=batch_size, dtype=torch.float64)
 
 
-def fit(size, n=N, batch_size=N, steps=3, module=None, data=None, strategy=None, **settings):
+def fit(size, n=N, batch_size=N, steps=3, module=None, data=None, strategy=None, callbacks=(), **settings):
     """Fit without noise, with an expected batch of so many examples in all; return weights, draws and facts."""
     dp = ldp.DPStrategy(**{"noise_multiplier": 0, "max_physical_batch_size": 2, **(strategy or {})})
     watch, module = Watch(), module or Regression(network())
-    made = trainer(dp, max_steps=steps, devices=size, callbacks=[watch], **settings)
+    settings = {"enable_checkpointing": False, **settings}  # Lightning's checkpoints have collectives of their own
+    made = trainer(dp, max_steps=steps, devices=size, callbacks=[watch, *callbacks], **settings)
     made.fit(module, data or data_of(n, batch_size // size))
     return {
         "start": as_lists(watch.start),
@@ -113,12 +114,17 @@ def users(size):
     return DataLoader(owned, batch_size=N // size)
 
 
+def public(size, **settings):
+    """Public steps on batches of 4 in all, always in the same order."""
+    return ldp.PublicPretraining(loader(10, 4 // size, torch.float64, seed=1, shuffle=False), **settings)
+
+
 def updates(size):
     """Fits of all kinds; each begins with weights that differ between the processes."""
     rank, found = int(os.environ.get("LOCAL_RANK", 0)), {}
     cases = {
         "whole": {},
-        "few": {"n": 8, "batch_size": 4, "steps": 8, "strategy": {"max_physical_batch_size": 1}},
+        "few": {"n": 8, "batch_size": 4, "steps": 30, "strategy": {"max_physical_batch_size": 1}},
         "collectives": {"n": 8, "batch_size": 4, "steps": 8, "strategy": {"max_physical_batch_size": 1}},
         "automatic": {"strategy": {"clipping": "automatic"}},
         "per_layer": {"strategy": {"clipping": "per_layer"}},
@@ -127,6 +133,9 @@ def updates(size):
         "auto": {"strategy": {"max_physical_batch_size": "auto"}},
         "manual": {"strategy": {"max_physical_batch_size": None}},
         "users": {"data": users(size)},
+        "public first": {"steps": 6, "callbacks": [public(size, switch=0.5)]},
+        "public until a plateau": {"steps": 6, "callbacks": [public(size, patience=1, min_delta=100.0, check_every=2)]},
+        "public beside": {"steps": 4, "callbacks": [public(size, mix="cosine", switch=1.0)]},
     }
     for name, settings in cases.items():
         torch.manual_seed(1000 + rank)
@@ -162,10 +171,10 @@ def noise(size):
     """The noise of one step: of all processes together, of this one alone, and with noise of a wrong scale."""
     own, add_up = [], ProcessGroup.add_up
 
-    def noting(self, tensors, tag=0):
+    def noting(self, tensors, what=""):
         tensors = list(tensors)
         own.append(torch.cat([t.flatten() for t in tensors if t.numel() == WIDTH] or [torch.empty(0)]))
-        add_up(self, tensors, tag)
+        add_up(self, tensors, what)
 
     def one_step(factor=1.0):
         module = Wide()
@@ -196,12 +205,7 @@ class Breaking(Regression):
 
     def on_train_batch_start(self, batch, batch_idx):
         if self.trainer.global_rank == self.rank and batch_idx == self.step:
-            return self.action()
-        return None
-
-
-def skip():
-    return -1
+            self.action()
 
 
 def fail():
@@ -232,10 +236,9 @@ def refused():
         "max_grad_norm": {"strategy": {"max_grad_norm": bound}},
         "clipping": {"strategy": {"clipping": ldp.AutomaticClipping(bound)}},
         "check of one process": {"data": [1] if rank else data_of(20, 2)},
-        "target": {"strategy": {"noise_multiplier": None, "target_epsilon": 1e-9}},
+        "decided by the first": {"strategy": {"schedule": [ldp.Stage(1, batch_size_factor=100.0)]}},
         "module": {"module": Regression(nn.Linear(3, 2 + rank).double())},
         "lazy": {"module": Regression(lazy)},
-        "skipped": {"module": Breaking(skip), "steps": 4},
     }
     found = {}
     for name, each in settings.items():
@@ -243,6 +246,16 @@ def refused():
             fit(2, **{"data": data_of(20, 2), **each})
             found[name] = "no error"
         except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    together = ProcessGroup(torch.device("cpu"))
+    for name, act in {
+        "sums of different steps": lambda: together.add_up([torch.ones(1)], f"step {rank}"),
+        "different collectives": lambda: together.gather(1) if rank else together.broadcast(1),
+    }.items():
+        try:
+            act()
+            found[name] = "no error"
+        except ldp.PrivacyError as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found
 

@@ -11,6 +11,11 @@ from tests.processes import fits
 from tests.processes.world import run
 
 SIZES = [1, 2, 4]
+ALIKE = [
+    *("whole", "automatic", "per_layer", "adaptive", "statistics", "auto", "manual", "users"),
+    *("public first", "public until a plateau", "public beside"),
+]
+"""Fits in which nothing is left to chance."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def by_hand(one, n, expected, automatic=False):
         for name, p in module.named_parameters():
             p.grad = mean[name] * (len(rows) / expected) if rows else torch.zeros_like(p)
         optimizer.step()
-    return parameters(module)
+    return fits.as_lists(parameters(module))
 
 
 def error(one, expected):
@@ -51,7 +56,7 @@ def test_the_update_is_that_of_a_loop_over_the_samples(found, size, case, n, exp
     assert first["end"] != first["start"]
     assert all(other["end"] == first["end"] for other in others), "parameters are not bitwise equal"
     assert all(other["draws"] == first["draws"] for other in others)
-    assert error(first, by_hand(first, n, expected, automatic)) < 1e-12
+    assert error(first, by_hand(first, n, expected, automatic)) < 1e-10
     assert first["facts"][:2] == (expected / n, len(first["draws"]))
 
 
@@ -76,13 +81,11 @@ def test_a_draw_is_shared_out_without_repetition_in_equally_many_physical_batche
         real = [sum(chunks, [])[:count] for chunks, count in zip(shares, counts, strict=True)]
         assert sorted(sum(real, [])) == draw
         empty += counts.count(0)
-    assert size < 4 or empty, "no share was empty"
+    assert size < 4 or empty, "no share was empty, which happens by chance once in 1e6 runs"
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
-@pytest.mark.parametrize(
-    "case", ["whole", "automatic", "per_layer", "adaptive", "statistics", "auto", "manual", "users"]
-)
+@pytest.mark.parametrize("case", ALIKE)
 def test_the_result_is_that_of_one_process(found, size, case):
     single = found[1][0][case]
     for one in found[size]:
