@@ -120,7 +120,7 @@ def measured(options: argparse.Namespace, kind: str, size: int, batch_size: int)
     """Return what a fit on so many processes has measured."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "facts.json"
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={size}", "--master_port=0"] if size > 1 else []
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={size}", "--standalone"] if size > 1 else []
         settings = {"steps": options.steps, "width": options.width, "accelerator": options.accelerator}
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         own = [__file__, f"--fit={kind}", f"--out={out}", f"--batch-size={batch_size}", *arguments]
