@@ -6,14 +6,12 @@ Weak scaling: each process has ``--batch-size`` examples, so that more processes
 of them have so many together. Every row is a fit of its own, started by ``torch.distributed.run``; the time is the
 median of the later half of its steps, and so takes the slowest process into account. Efficiency is the throughput of a
 process as a share of that of one process alone, of the same kind of training. Bytes are those of the tensors that are
-given to an all-reduce, counted in private training at ``torch.distributed.all_reduce`` and in ordinary training in
-DDP's own buckets. Private training sends four bytes more for each process, which say that its step is the same.
+given to ``torch.distributed.all_reduce``, by which DDP's buckets go here, too. Private training sends four bytes more
+for each process, which say that its step is the same.
 
 More processes than cores take turns: on such a machine only ratios of private to ordinary training and the bytes say
 something.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -65,7 +63,7 @@ class Meter(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = trainer.strategy.model
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            model.register_comm_hook(None, self._of_bucket)  # type: ignore[arg-type]
+            model.register_comm_hook(None, allreduce_hook)  # its own way goes by no function of Python
         reduce = dist.all_reduce
 
         def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -73,10 +71,6 @@ class Meter(pl.Callback):
             return reduce(tensor, *args, **kwargs)
 
         dist.all_reduce = counted
-
-    def _of_bucket(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        self._bytes += bucket.buffer().numel() * bucket.buffer().element_size()
-        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self.ends.append(time.perf_counter())
@@ -120,7 +114,7 @@ def measured(options: argparse.Namespace, kind: str, size: int, batch_size: int)
     """Return what a fit on so many processes has measured."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "facts.json"
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={size}", "--master_port=0"] if size > 1 else []
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={size}", "--standalone"] if size > 1 else []
         settings = {"steps": options.steps, "width": options.width, "accelerator": options.accelerator}
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         own = [__file__, f"--fit={kind}", f"--out={out}", f"--batch-size={batch_size}", *arguments]

@@ -116,11 +116,11 @@ def users(size):
 
 def public(size, **settings):
     """Public steps on batches of 4 in all, always in the same order."""
-    return ldp.PublicPretraining(loader(10, 4 // size, torch.float64, seed=1, shuffle=False), **settings)
+    return ldp.PublicPretraining(loader(12, 4 // size, torch.float64, seed=1, shuffle=False), **settings)
 
 
-def updates(size):
-    """Fits of all kinds; each begins with weights that differ between the processes."""
+def updates(size, only=()):
+    """Fits of all kinds, or only some; each begins with weights that differ between the processes."""
     rank, found = int(os.environ.get("LOCAL_RANK", 0)), {}
     cases = {
         "whole": {},
@@ -138,9 +138,12 @@ def updates(size):
         "public beside": {"steps": 4, "callbacks": [public(size, mix="cosine", switch=1.0)]},
     }
     for name, settings in cases.items():
+        if only and name not in only:
+            continue
+        lr = {"lr": 0.1} if name.startswith("public") else {}  # public gradients are not clipped
         torch.manual_seed(1000 + rank)
         kind = {"collectives": Collective, "manual": TwoOptimizers}.get(name, Regression)
-        found[name] = fit(size, module=kind(network()), **settings)
+        found[name] = fit(size, module=kind(network(), **lr), **settings)
     return found
 
 

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 import lightning_dp as ldp
+from lightning_dp.cli import DPLightningCLI
+from lightning_dp.strategies.checks import check_alone
+from lightning_dp.strategies.launching import PrivateLauncher
 from tests.accounting.oracles import pld_epsilon
 from tests.models import Regression, loader, trainer
 
@@ -32,7 +36,7 @@ COMMANDS = {
     "popen": [sys.executable],
     "spawn": [sys.executable],
     "fork": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"],
 }
 
 
@@ -71,8 +75,6 @@ def test_a_run_that_was_lost_in_other_processes_goes_on_nowhere(monkeypatch):
 
 
 def test_what_makes_several_trainers_takes_one_device():
-    from lightning_dp.strategies.checks import check_alone
-
     check_alone(trainer(), "a benchmark")
     with pytest.raises(ldp.PrivacyConfigurationError, match="a benchmark on 2 devices.*Use devices=1"):
         check_alone(trainer(devices=2), "a benchmark")
@@ -83,3 +85,27 @@ def test_one_device_needs_neither_launcher_nor_process_group():
     fit.fit(Regression(), loader())
     assert fit.strategy.launcher is None
     assert type(fit.strategy._run.processes).__name__ == "Processes"
+
+
+def test_the_command_line_takes_the_arguments_of_processes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-dp"])
+    cli = DPLightningCLI(
+        args=[
+            "--model=lightning_dp.demos.digits.DigitsClassifier",
+            "--data=lightning_dp.demos.digits.DigitsDataModule",
+            "--trainer.devices=2",
+            "--trainer.accelerator=cpu",
+            "--trainer.strategy.target_epsilon=1.5",
+            "--trainer.strategy.timeout=0:10:00",
+            "--trainer.strategy.process_group_backend=gloo",
+            "--trainer.strategy.start_method=spawn",
+            *(f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_progress_bar")),
+        ],
+        run=False,
+        save_config_callback=None,
+    )
+    strategy = cli.trainer.strategy
+    assert cli.trainer.world_size == 2
+    assert strategy._timeout == timedelta(minutes=10)
+    assert strategy.process_group_backend == "gloo"
+    assert isinstance(strategy.launcher, PrivateLauncher)

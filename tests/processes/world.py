@@ -55,7 +55,7 @@ class World:
                 process.join()
 
 
-def run(size, function, *args, timeout=120):
+def run(size, function, *args, timeout=300):
     """Return what ``function(*args)`` returned in each of so many processes, by rank."""
     outcomes = ended(size, function, *args, timeout=timeout)
     for rank, (value, error) in enumerate(outcomes):
@@ -64,7 +64,7 @@ def run(size, function, *args, timeout=120):
     return outcomes
 
 
-def ended(size, function, *args, timeout=120):
+def ended(size, function, *args, timeout=300):
     """Return ``(value, None)`` or ``(None, the text of the error)`` of each of so many processes."""
     world = World(size, function, *args)
     try:
