@@ -9,10 +9,12 @@ of which SST-2 is made too. The mean of about 20 ratings says how good each is.
 from __future__ import annotations
 
 import io
+import math
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def read_reviews(file: Path) -> tuple[list[str], list[int]]:
 
 
 class FilmReviews(pl.LightningDataModule):
-    """Sentences as tokens, padded to the longest of a batch, with their mask and label.
+    """Sentences as tokens, in the order of their length, padded to the longest of a batch, with mask and label.
 
     Args:
         batch_size: Expected size of a logical batch.
@@ -101,8 +103,9 @@ class FilmReviews(pl.LightningDataModule):
             for sentence in sentences
         ]
         examples = list(zip(tokens, labels, strict=True))
-        train, self.test = train_test_split(examples, test_size=self.held_out, random_state=0)
-        self.train = train[: self.num_examples]
+        train, test = train_test_split(examples, test_size=self.held_out, random_state=0)
+        # By length: draws are processed in the order of the dataset, so that a physical batch has little padding.
+        self.train, self.test = (sorted(part, key=_length) for part in (train[: self.num_examples], test))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Sentences to train on."""
@@ -113,12 +116,40 @@ class FilmReviews(pl.LightningDataModule):
         return DataLoader(self.test, batch_size=128, collate_fn=collate)
 
 
+class InOrder:
+    """Batches of ordinary training on a dataset in order of length, with as little padding as private ones have.
+
+    As many random examples as a step has are divided into physical batches in their order; those are accumulated.
+
+    Args:
+        num_examples: Examples of the dataset.
+        batch_size: Examples in a step; what is left of an epoch is dropped.
+        physical: The most examples in a physical batch.
+    """
+
+    def __init__(self, num_examples: int, batch_size: int, physical: int) -> None:
+        self.num_examples, self.batch_size, self.physical = num_examples, batch_size, physical
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the numbers of the examples of each physical batch."""
+        for step in torch.randperm(self.num_examples).split(self.batch_size)[: self.num_examples // self.batch_size]:
+            yield from (chunk.tolist() for chunk in step.sort().values.split(self.physical))
+
+    def __len__(self) -> int:
+        """Return the number of physical batches in an epoch."""
+        return self.num_examples // self.batch_size * math.ceil(self.batch_size / self.physical)
+
+
 def collate(examples: list[tuple[Tokens, int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens ``[B, T]``, their mask ``[B, T]`` and labels ``[B]``."""
     tokens = [sentence for sentence, _ in examples]
     mask = [torch.ones_like(sentence) for sentence in tokens]
     labels = torch.tensor([label for _, label in examples])
     return pad_sequence(tokens, batch_first=True), pad_sequence(mask, batch_first=True), labels
+
+
+def _length(example: tuple[Tokens, int]) -> int:
+    return len(example[0])
 
 
 def _downloaded(folder: Path) -> Path:
