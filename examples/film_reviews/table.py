@@ -47,7 +47,7 @@ class Method:
 
 
 METHODS = {
-    "full": Method("all", 3e-4, 0.1, 2e-4, 2e-3),
+    "full": Method("all", 4e-4, 0.1, 2e-4, 2e-3),
     "bias-only": Method("all", 4e-3, 0.1, 3e-3, 3e-3, only_biases=True),
     "head-only": Method("head", 0.0, 0.1, 0.0, 0.03),
     "lora": Method("lora", 1e-3, 0.1, 2e-3, 2e-3),

@@ -278,13 +278,13 @@ def test_a_table_goes_on_where_it_was_interrupted(tmp_path):
 def test_the_command_makes_no_run_twice(file, folder, tmp_path):
     script, lines = ROOT / "examples" / "film_reviews" / "table.py", Path(file).read_text()
     Path(file).write_text("\n".join([lines] * 19))  # as many are held out as there are of the real ones
-    options = "--methods head-only bias-only --epsilons 3 inf --seeds 1 --steps 1 --batch_size 8 --results r.jsonl"
+    options = "--methods head-only bias-only lora --epsilons 3 inf --seeds 1 --steps 1 --batch_size 8 --results r.jsonl"
     command = [sys.executable, str(script), *options.split(), f"--encoder={folder}", f"--file={file}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     printed = [
         subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path).stdout
         for _ in range(2)
     ]
-    assert [text.count("Settings(") for text in printed] == [4, 0]
+    assert [text.count("Settings(") for text in printed] == [6, 0]
     assert printed[0].partition("Accuracy, ")[2] == printed[1].partition("Accuracy, ")[2]
-    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 6
