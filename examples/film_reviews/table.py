@@ -3,8 +3,8 @@
     python examples/film_reviews/table.py [--methods ...] [--epsilons 1 3 8 inf] [--seeds 3] [--steps 20]
 
 Every run that ends is appended to a file (--results) at once, and is not made again: interrupt it, and go on by the
-same command. The table is of all runs in that file with the same steps, batch size and number of examples. README.md,
-beside this file, says what it needs and how long it takes.
+same command. The table is of all runs in that file with the same steps, batch size and number of examples; with other
+learning rates in METHODS, name another file. README.md, beside this file, says what it needs and how long it takes.
 """
 
 import os
@@ -50,7 +50,7 @@ METHODS = {
     "full": Method("all", 4e-4, 0.1, 2e-4, 2e-3),
     "bias-only": Method("all", 4e-3, 0.1, 3e-3, 3e-3, only_biases=True),
     "head-only": Method("head", 0.0, 0.1, 0.0, 0.03),
-    "lora": Method("lora", 1e-3, 0.1, 2e-3, 2e-3),
+    "lora": Method("lora", 4e-3, 0.1, 2e-3, 2e-3),
 }
 
 

@@ -105,7 +105,8 @@ class FilmReviews(pl.LightningDataModule):
         examples = list(zip(tokens, labels, strict=True))
         train, test = train_test_split(examples, test_size=self.held_out, random_state=0)
         # By length: draws are processed in the order of the dataset, so that a physical batch has little padding.
-        self.train, self.test = (sorted(part, key=_length) for part in (train[: self.num_examples], test))
+        self.train: Any = sorted(train[: self.num_examples], key=_length)
+        self.test: Any = sorted(test, key=_length)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Sentences to train on."""
