@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sklearn.model_selection import train_test_split
 
-from lightning_dp.demos.sentence_data import Sentences
+from lightning_dp.demos.sentence_data import Example, Sentences
 
 CACHE = Path.home() / ".cache" / "lightning_dp" / "film_reviews.txt"
 _DOWNLOAD = ("-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.2")
@@ -55,7 +55,7 @@ def read_reviews(file: Path) -> tuple[list[str], list[int]]:
 
 
 class FilmReviews(Sentences):
-    """Sentences as tokens, padded to the longest of a batch, with their mask and label.
+    """Sentences as tokens, in the order of their length, padded to the longest of a batch, with mask and label.
 
     Args:
         batch_size: Expected size of a logical batch.
@@ -87,8 +87,14 @@ class FilmReviews(Sentences):
         """Split, always the same way, and make tokens."""
         sentences, labels = read_reviews(Path(self.file) if self.file else reviews_file())
         examples = self.examples(sentences, labels)
-        train, self.test = train_test_split(examples, test_size=self.held_out, random_state=0)
-        self.train = train[: self.num_examples]
+        train, test = train_test_split(examples, test_size=self.held_out, random_state=0)
+        # By length: draws are processed in the order of the dataset, so that a physical batch has little padding.
+        self.train = sorted(train[: self.num_examples], key=_length)
+        self.test = sorted(test, key=_length)
+
+
+def _length(example: Example) -> int:
+    return len(example[0])
 
 
 def _downloaded(folder: Path) -> Path:

@@ -5,7 +5,8 @@ Owns: what all data of sentences have in common. Does not own: where they come f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -50,6 +51,30 @@ class Sentences(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """All held-out sentences."""
         return DataLoader(self.test, batch_size=128, collate_fn=collate)  # type: ignore[arg-type]
+
+
+class InOrder:
+    """Batches of ordinary training on a dataset in order of length, with as little padding as private ones have.
+
+    As many random examples as a step has are divided into physical batches in their order; those are accumulated.
+
+    Args:
+        num_examples: Examples of the dataset.
+        batch_size: Examples in a step; what is left of an epoch is dropped.
+        physical: The most examples in a physical batch.
+    """
+
+    def __init__(self, num_examples: int, batch_size: int, physical: int) -> None:
+        self.num_examples, self.batch_size, self.physical = num_examples, batch_size, physical
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the numbers of the examples of each physical batch."""
+        for step in torch.randperm(self.num_examples).split(self.batch_size)[: self.num_examples // self.batch_size]:
+            yield from (chunk.tolist() for chunk in step.sort().values.split(self.physical))
+
+    def __len__(self) -> int:
+        """Return the number of physical batches in an epoch."""
+        return self.num_examples // self.batch_size * math.ceil(self.batch_size / self.physical)
 
 
 def collate(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,8 +20,8 @@ from lightning_dp.cli import DPLightningCLI
 from lightning_dp.demos import encoder as encoders
 from lightning_dp.demos import film_reviews as reviews
 from lightning_dp.demos.film_reviews import FilmReviews, read_reviews, reviews_file
-from lightning_dp.demos.sentence_data import collate
-from lightning_dp.demos.sentences import SentenceClassifier
+from lightning_dp.demos.sentence_data import InOrder, collate
+from lightning_dp.demos.sentences import SentenceClassifier, SentenceHead
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["a", "fine", "dull", "film", "with", "wit", "and", "no", "heart"]
@@ -87,6 +87,8 @@ def test_the_split_is_a_partition_and_always_the_same(file, folder):
     tokenizer = encoders.load_tokenizer(folder)
     expected = sorted(zip(tokenizer(sentences)["input_ids"], labels, strict=True))
     assert sorted((t, y) for t, y in lists[0] + lists[1]) == expected
+    for part in lists[:2]:  # in the order of their length, so that neighbours need little padding
+        assert [len(t) for t, _ in part] == sorted(len(t) for t, _ in part)
 
 
 def test_sentences_are_cut_and_padded(file, folder):
@@ -100,6 +102,16 @@ def test_sentences_are_cut_and_padded(file, folder):
     assert tokens.tolist() == [[3, 4, 5], [6, 0, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert labels.tolist() == [1, 0]
+
+
+def test_ordinary_batches_are_in_order_within_a_step():
+    batches = InOrder(40, 12, 5)
+    chunks = list(batches)
+    assert len(batches) == len(chunks) == 9
+    steps = [[i for chunk in chunks[k : k + 3] for i in chunk] for k in range(0, 9, 3)]
+    assert [len(chunk) for chunk in chunks] == [5, 5, 2] * 3
+    assert all(step == sorted(step) for step in steps)
+    assert len({i for step in steps for i in step}) == 36  # nobody twice in an epoch
 
 
 # ---- where they come from ----------------------------------------------------------------------------------------
@@ -172,6 +184,32 @@ def test_padding_changes_no_logit(folder):
     torch.testing.assert_close(alone[0], model.head.weight @ states.mean(0) + model.head.bias)
 
 
+def test_the_head_alone_is_the_head_of_the_whole(folder):
+    model, head = SentenceClassifier(encoder=folder), SentenceHead(1e-3, 16)
+    torch.nn.init.normal_(model.head.weight)
+    head.head.load_state_dict(model.head.state_dict())
+    tokens, mask, _ = collate([(torch.tensor([2, 5, 6, 3]), 0), (torch.tensor([2, 7, 3]), 0)])
+    torch.testing.assert_close(head(model.mean_state(tokens, mask)), model(tokens, mask))
+
+
+def test_the_head_has_a_learning_rate_of_its_own(file, folder):
+    model = SentenceClassifier(lr=1e-3, head_lr=0.5, encoder=folder)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, data_of(file, folder))
+    # The first step of Adam is as long as the learning rate wherever the gradient is not nearly zero.
+    longest = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters()}
+    assert longest["head.weight"] == pytest.approx(0.5, rel=1e-4)
+    assert max(value for name, value in longest.items() if not name.startswith("head")) <= 1e-3 * (1 + 1e-4)
+
+
 @pytest.mark.parametrize(
     ("trained", "callbacks", "moved"),
     [
@@ -241,13 +279,13 @@ def test_a_table_goes_on_where_it_was_interrupted(tmp_path):
 def test_the_command_makes_no_run_twice(file, folder, tmp_path):
     script, lines = ROOT / "examples" / "film_reviews" / "table.py", Path(file).read_text()
     Path(file).write_text("\n".join([lines] * 19))  # as many are held out as there are of the real ones
-    options = "--methods head-only bias-only --epsilons 3 inf --seeds 1 --steps 1 --batch_size 8 --results r.jsonl"
+    options = "--methods head-only bias-only lora --epsilons 3 inf --seeds 1 --steps 1 --batch_size 8 --results r.jsonl"
     command = [sys.executable, str(script), *options.split(), f"--encoder={folder}", f"--file={file}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     printed = [
         subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path).stdout
         for _ in range(2)
     ]
-    assert [text.count("Settings(") for text in printed] == [4, 0]
+    assert [text.count("Settings(") for text in printed] == [6, 0]
     assert printed[0].partition("Accuracy, ")[2] == printed[1].partition("Accuracy, ")[2]
-    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 6
