@@ -1,9 +1,10 @@
 """What private training of a sharded model takes of the memory of each process, against ordinary FSDP2.
 
 Run it on the CPU: ``torchrun --nproc-per-node 2 examples/benchmarks/sharded_memory.py``, and with ``--private`` once
-more. It prints the largest resident set of each process, less what was resident before the model was built: shards,
-gathered parameters, optimizer state, activations, gradients, buffers of the collectives, and what is looked at before
-the first step.
+more; with ``MALLOC_MMAP_THRESHOLD_=65536`` in the environment, so that what is freed is not resident any more. It
+prints the largest resident set of each process, less what was resident before the model was built: shards, gathered
+parameters, optimizer state, activations, gradients, buffers of the collectives, and what is looked at before the first
+step. A private step has one or two physical batches here, an ordinary one has one.
 """
 
 import argparse
