@@ -31,7 +31,7 @@ from lightning_dp.losses import per_sample_mean
 from lightning_dp.missing_biases import add_missing_biases
 from lightning_dp.optimizers import DPAdamBC
 from lightning_dp.schedule import Stage
-from lightning_dp.strategies import DPStrategy
+from lightning_dp.strategies import DPFSDPStrategy, DPStrategy
 from lightning_dp.tuning import FrozenFeatures, LinearHead, PrivateSelection, SearchSpace, random_search, tune
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "BiasOnlyFinetuning",
     "Clipping",
     "DPAdamBC",
+    "DPFSDPStrategy",
     "DPStrategy",
     "FlatClipping",
     "FrozenFeatures",

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_dp.callbacks import PrivacyBudgetStopping, PrivacyMonitor
 from lightning_dp.coverage import plan
-from lightning_dp.strategies import DPStrategy
+from lightning_dp.strategies import PrivateStrategy
 from lightning_dp.summary import print_summary
 
 _DESCRIPTION = "Shows what a fit would do to every parameter and to its budget, and trains nothing.\n"
@@ -79,7 +79,7 @@ class DPLightningCLI(LightningCLI):
         if self._has_test_data() and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             (results,) = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False) or [{}]
             metrics = dict(results)
-        if isinstance(self.trainer.strategy, DPStrategy) and self.trainer.is_global_zero:
+        if isinstance(self.trainer.strategy, PrivateStrategy) and self.trainer.is_global_zero:
             print_summary(self.trainer.strategy, metrics)
 
     def _has_test_data(self) -> bool:

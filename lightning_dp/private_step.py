@@ -1,10 +1,8 @@
 """One private step: clipped sums are collected, then released with noise.
 
-Owns: the buffers of the clipped sums, and ``.grad``. Does not own: how gradients of samples are found
-(``bookkeeping``), when a step ends (``strategies``) or what it costs (``accounting``). Knows nothing of Lightning.
-
-On W processes each adds noise of ``1 / sqrt(W)`` of the standard deviation to its own sum, from a generator of its own;
-then the sums are added up. The variance of W such noises is that of one, and no process has to have all of it.
+Owns: which factor clips what, and the noise. Does not own: how gradients of samples are found (``bookkeeping``), where
+sums are kept and added up (``sums``), when a step ends (``strategies``), what it costs (``accounting``). Knows nothing
+of Lightning.
 
 DP-SGD, arXiv 1607.00133, algorithm 1, with Poisson sampling and division by the *expected* batch size:
 ``grad = (sum_i clip(g_i) + N(0, (noise_multiplier * sensitivity)^2)) / expected_batch_size``.
@@ -12,7 +10,6 @@ DP-SGD, arXiv 1607.00133, algorithm 1, with Poisson sampling and division by the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -25,6 +22,7 @@ from lightning_dp.noise import SecretRandom
 from lightning_dp.private_statistics import PrivateStatistics
 from lightning_dp.processes import Processes
 from lightning_dp.quantile_bound import QuantileBound
+from lightning_dp.sharded_sums import sums_of
 
 
 class PrivateStep:
@@ -62,7 +60,7 @@ class PrivateStep:
         self._statistics, self._bound, self._processes = statistics, bound, processes or Processes()
         self._mechanism: Mechanism | None = None
         self._parts: Sequence[Part] = ()
-        self._sums: dict[str, Tensor] = {}
+        self._sums = sums_of(self._parameters, self._processes)
         self._logical_batches = self._at = self._released = 0
 
     @property
@@ -103,27 +101,29 @@ class PrivateStep:
         """
         # The book holds gradients of the loss: of a mean, each sample's own gradient is B times as long.
         scale = book.num_samples if self._mean_loss else 1
-        norms = [self._add(share, clipping, scale, num_real) for share, clipping in self._shares(book)]
+        norms = [self._add(*share, scale, num_real) for share in self._shares(book)]
         if self._statistics is not None:
             self._statistics.add_norms(*norms)
         if self._bound is not None:
             self._bound.add(norms[0][0])
 
-    def _shares(self, book: Book) -> Iterator[tuple[Book, NormClipping]]:
-        """Yield what is clipped by one factor: as a rule the whole book."""
+    def _shares(self, book: Book) -> Iterator[tuple[Book, Iterable[str], NormClipping]]:
+        """Yield what is clipped by one factor, as a rule the whole book, and the parameters that may be in it."""
         clipping = self._begun.clipping
         if isinstance(clipping, NormClipping):
-            yield book, clipping
+            yield book, self._parameters, clipping
             return
         for part in self._parts:
-            yield book.take(part.names), part.clipping
+            yield book.take(part.names), part.names, part.clipping
 
-    def _add(self, book: Book, clipping: NormClipping, scale: int, num_real: int) -> tuple[Tensor, float]:
+    def _add(
+        self, book: Book, names: Iterable[str], clipping: NormClipping, scale: int, num_real: int
+    ) -> tuple[Tensor, float]:
         """Add what is in a book to the sums, clipped; return the norms of the drawn samples, and their bound."""
         norm = book.norm_sq().sqrt() * scale
         weight = clipping.factor(norm) * scale
         weight[num_real:] = 0  # phantoms
-        book.pour(weight, self._sums)
+        self._sums.pour(book, weight, names)
         return norm[:num_real], clipping.max_grad_norm
 
     def note_loss(self, loss: Tensor, num_rows: int, num_real: int) -> None:
@@ -147,12 +147,9 @@ class PrivateStep:
         Raises:
             PrivacyError: If other processes release something else.
         """
-        released = {name: self._sum_of(name) for name in (self._parameters if names is None else names)}
+        released = self._sums.take(self._parameters if names is None else names)
         self._add_noise(released.values())
-        self._processes.add_up(released.values(), self._next_release(len(released)))
-        for name, noisy in released.items():
-            parameter = self._parameters[name]
-            parameter.grad = noisy.to(parameter)
+        self._sums.write(released, self._next_release(len(released)))
         if self._bound is not None:
             self._bound.move(self._noise, self._processes)
         if self._statistics is not None:
@@ -174,19 +171,11 @@ class PrivateStep:
         assert self._mechanism is not None, "a logical batch is begun before anything is collected or released"
         return self._mechanism
 
-    def _sum_of(self, name: str) -> Tensor:
-        """Return the clipped sum of a parameter: zeros if no sample used it."""
-        parameter, clipped = self._parameters[name], self._sums.pop(name, None)
-        if clipped is None:
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            clipped = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        return clipped
-
     def _add_noise(self, sums: Collection[Tensor]) -> None:
         """Add this process's share of the noise, and divide by the expected batch size."""
         mechanism = self._begun
         if mechanism.noise_std > 0:
-            std = mechanism.noise_std / math.sqrt(self._processes.size)
+            std = mechanism.noise_std * self._sums.noise_share
             self._noise.add_normal(sums, std, mechanism.expected_batch_size)
         else:
             for clipped in sums:

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_dp.accounting import Release
-from lightning_dp.strategies import DPStrategy
+from lightning_dp.strategies import PrivateStrategy
 
 _UNITS = {"example": "training example", "user": "user with all their examples"}
 
 
-def print_summary(strategy: DPStrategy, metrics: Mapping[str, float] | None = None) -> None:
+def print_summary(strategy: PrivateStrategy, metrics: Mapping[str, float] | None = None) -> None:
     """Print what a private fit spent, and what it reached.
 
     Args:
@@ -30,7 +30,7 @@ def print_summary(strategy: DPStrategy, metrics: Mapping[str, float] | None = No
     Console().print(table)
 
 
-def _rows(strategy: DPStrategy) -> dict[str, str]:
+def _rows(strategy: PrivateStrategy) -> dict[str, str]:
     target = strategy.budget.target_epsilon
     of_target = f" of {target:g}" if target is not None else ""
     return {
@@ -42,13 +42,13 @@ def _rows(strategy: DPStrategy) -> dict[str, str]:
     }
 
 
-def _is_all_present(strategy: DPStrategy) -> bool:
+def _is_all_present(strategy: PrivateStrategy) -> bool:
     """Whether every release was as the next one would be: after a stage of a schedule none needs to be."""
     mechanism = strategy._run.mechanism
     return mechanism is not None and strategy.releases().keys() <= {mechanism.release}
 
 
-def _kind(strategy: DPStrategy) -> dict[str, str]:
+def _kind(strategy: PrivateStrategy) -> dict[str, str]:
     return {
         "noise multiplier": f"{strategy.noise_multiplier:.4g}",
         "sample rate": f"{strategy.sample_rate:.4g}",

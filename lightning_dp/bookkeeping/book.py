@@ -6,7 +6,7 @@ entries arise (``rules``) or which factor clips them (``lightning_dp.clipping``)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -151,20 +151,33 @@ class Book:
         with without_autocast():
             return {name: _norm_sq(entries) for name, entries in self.entries.items()}
 
-    def weighted_sums(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return ``sum_i weight[i] * G_i`` per parameter; a sample of weight 0 adds exact zeros, even if it is NaN."""
+    def weighted_sums(self, weight: Tensor, hold: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+        """Return ``sum_i weight[i] * G_i`` per parameter; a sample of weight 0 adds exact zeros, even if it is NaN.
+
+        Args:
+            weight: Of every sample.
+            hold: Returns what is to be kept of the sum of a parameter, by its name.
+        """
         sums: dict[str, Tensor] = {}
-        Book(self.num_samples, dict(self.entries)).pour(weight, sums)
+        book = Book(self.num_samples, dict(self.entries))
+        for name in list(self.entries):
+            book.pour(weight, sums, [name])
+            sums[name] = sums[name] if hold is None else hold(name, sums[name])
         return sums
 
-    def pour(self, weight: Tensor, sums: dict[str, Tensor]) -> None:
-        """Add what `weighted_sums` returns to ``sums``, in place, and let every entry go that was added."""
+    def pour(self, weight: Tensor, sums: dict[str, Tensor], names: Iterable[str] | None = None) -> None:
+        """Add what `weighted_sums` returns to ``sums``, in place, and let every entry go that was added.
+
+        Args:
+            weight: Of every sample.
+            sums: By parameter.
+            names: Of which parameters, if not of all.
+        """
         keep = weight != 0
         drop = not bool(keep.all())
         with without_autocast():
-            while self.entries:
-                name, entries = self.entries.popitem()
-                for entry in entries:
+            for name in list(reversed(self.entries) if names is None else names):
+                for entry in self.entries.pop(name, ()):
                     part = entry.where(keep) if drop else entry
                     sums[name] = part.weighted_sum(weight, sums.get(name))
 

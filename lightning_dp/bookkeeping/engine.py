@@ -7,11 +7,11 @@ loss, the batches, clipping or noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dp.bookkeeping.base import Keeping
 from lightning_dp.bookkeeping.book import SPARE, Book
@@ -48,6 +48,12 @@ class BookKeeping(Keeping):
         ...     loss_of(batch).backward()
         >>> norm_sq = keeping.close().norm_sq()  # doctest: +SKIP
     """
+
+    in_parts = False
+    """Whether every process holds a part of the parameters."""
+
+    coarse = False
+    """Whether the model was seen to compute in 16 bits with parameters that are not."""
 
     def __init__(self, trained: Mapping[str, nn.Parameter], others: Mapping[str, nn.Parameter] | None = None) -> None:
         super().__init__(trained, others)
@@ -143,6 +149,14 @@ class BookKeeping(Keeping):
             self._recorder.abandon()
         self._recorder = None
 
+    def hold(self, name: str, whole: Tensor) -> Tensor:
+        """Return what this process holds of a whole gradient of the parameter of this name."""
+        return whole
+
+    def add_up(self, numbers: list[float]) -> list[float]:
+        """Add numbers up over all processes that hold parts."""
+        return numbers
+
     def escape_of(self, name: str) -> UnsupportedModelError:
         """Return the error for a parameter whose gradient autograd computed past the book."""
         return escaped(name, self._layouts.where(name))
@@ -167,10 +181,14 @@ class BookKeeping(Keeping):
     def _swap(self, handler: Handler) -> Iterator[None]:
         self._handler = handler
         try:
-            with swapped(self._swapped, self._class_for):
+            with swapped(self._swapped, self._class_for) as swap, self._arriving(swap):
                 yield
         finally:
             self._handler = _as_usual
+
+    def _arriving(self, swap: Callable[[str, nn.Parameter], None]) -> AbstractContextManager[None]:
+        """Return the context in which parameters are swapped that a pass brings forth."""
+        return nullcontext()
 
     def _handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._handler(func, args, kwargs)

@@ -83,32 +83,43 @@ def intercepting(base: type[Tensor], handler: Handler) -> type[Tensor]:
 
 
 @contextmanager
-def swapped(parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[[str, type], type]) -> Iterator[None]:
+def swapped(
+    parameters: Iterable[tuple[str, nn.Parameter]], class_for: Callable[[str, type], type]
+) -> Iterator[Callable[[str, nn.Parameter], None]]:
     """Give every parameter the class ``class_for(name, its class)`` and its own class back at the end.
 
     Args:
         parameters: The parameters with their names, each once.
         class_for: Returns the class, or raises if there is none.
 
+    Yields:
+        What swaps the class of a further parameter, until the end.
+
     Raises:
         UnsupportedModelError: If a parameter has a hook.
     """
     originals: list[tuple[nn.Parameter, type]] = []
     base: type | None = None
+    other: type = nn.Parameter
+
+    def swap(name: str, parameter: nn.Parameter) -> None:
+        nonlocal base, other
+        own = type(parameter)
+        if own is not base:  # mostly all have one class
+            base, other = own, class_for(name, own)
+        if parameter._backward_hooks:
+            raise UnsupportedModelError(
+                f"parameter '{name}' has a gradient hook (register_hook), which would never run: no gradient of "
+                "the whole batch is computed for it. Remove the hook, and change the loss or freeze instead."
+            )
+        originals.append((parameter, own))
+        parameter.__class__ = other
+
     try:
         for name, parameter in parameters:
-            own = type(parameter)
-            if own is not base:  # mostly all have one class
-                base, other = own, class_for(name, own)
-            if parameter._backward_hooks:
-                raise UnsupportedModelError(
-                    f"parameter '{name}' has a gradient hook (register_hook), which would never run: no gradient of "
-                    "the whole batch is computed for it. Remove the hook, and change the loss or freeze instead."
-                )
-            originals.append((parameter, own))
-            parameter.__class__ = other
+            swap(name, parameter)
         with uncompiled():
-            yield
+            yield swap
     finally:
         for parameter, own in originals:
             parameter.__class__ = own

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Recorder:
         num_samples: B, the number of samples in the batch.
         recording: Whether a pass is being recorded now, this one or a later one.
         anchor: Stands for the parameters.
+        lasting: Whether what a parameter holds in the forward pass is still there when the pass is closed.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Recorder:
         num_samples: int,
         recording: Callable[[], bool],
         anchor: Anchor,
+        lasting: bool = True,
     ) -> None:
+        self._lasting = lasting
         self.book = Book(num_samples)
         self._names, self._layouts, self._recording_now = names, layouts, recording
         self._occurrences: dict[Key, int] = {}
@@ -226,7 +230,8 @@ class Recorder:
             raise written_in_place(call.key)
         args, kwargs = self._in_own_graph(call)
         roots = self._roots_of(call)
-        call.func(*args, **kwargs)
+        with self._kept():
+            call.func(*args, **kwargs)
         derived = Derived(args[0].clone(), roots, call.key)  # of its own: the same tensor may be written again
         first.__class__ = self._derived_class
         first.derived, first.version = derived, first._version  # type: ignore[attr-defined]
@@ -235,11 +240,16 @@ class Recorder:
     def _derive(self, call: Call) -> Any:
         """Run a function of parameters alone on a graph of its own, through which entries are carried back."""
         args, kwargs = self._in_own_graph(call)
-        result = call.func(*args, **kwargs)
+        with self._kept():
+            result = call.func(*args, **kwargs)
         outputs = float_outputs(result)
         if not outputs or not any(t.requires_grad for t in outputs):
             return result
         return with_float_outputs(result, [self._wrap(call, t) for t in outputs])
+
+    def _kept(self) -> AbstractContextManager[Any]:
+        """Return a context in which a graph saves copies, where parameters do not last."""
+        return nullcontext() if self._lasting else torch.autograd.graph.saved_tensors_hooks(torch.clone, _itself)
 
     def _in_own_graph(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if any(isinstance(t, Tensor) and t.requires_grad and not self._is_constant(t) for t in call.leaves):
@@ -297,6 +307,10 @@ class Recorder:
                 self._roots[target] = leaf.detach().requires_grad_()
             return self._roots[target]
         return leaf.as_subclass(Tensor) if isinstance(target, Derived) else self._plain(leaf)
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
 
 
 def _is_complex(leaves: list[Any]) -> bool:

@@ -54,6 +54,8 @@ class Subject:
         others: Further samples, as single letters, to put in the place of a neighbour.
         coarse: Whether the model computes in 16 bits.
         smallest: The smallest batch that the training step can run on, ``"a"`` or, for some layers, ``"aa"``.
+        hold: Returns what this process holds of a parameter's whole gradient, by its name; ``gradients`` has the same.
+        add_up: Adds numbers up over all processes that hold parts; all of them come to the same conclusion.
     """
 
     state: Mapping[str, Tensor]
@@ -65,6 +67,8 @@ class Subject:
     others: str = "b"
     coarse: bool = False
     smallest: str = "a"
+    hold: Callable[[str, Tensor], Tensor] = lambda _, whole: whole
+    add_up: Callable[[list[float]], list[float]] = lambda numbers: numbers
 
 
 def self_check(subject: Subject) -> None:
@@ -101,12 +105,12 @@ class _Check:
         with draws():
             gradients = self._autograd(samples)
         copies = len(samples) if self._subject.mean_loss else 1  # of a mean over copies, each has its share
-        booked = {name: float(part[0].sqrt()) * copies for name, part in norms.items()}
-        total = _length(gradients)
+        booked = self._alike({name: float(part[0].sqrt()) * copies for name, part in norms.items()})
+        lengths, total = self._lengths(gradients), self._length(gradients)
         wrong = [
-            f"'{name}' ({booked.get(name, 0.0):.6g} in the book, {float(g.norm()):.6g} by autograd)"
+            f"'{name}' ({booked.get(name, 0.0):.6g} in the book, {lengths[name]:.6g} by autograd)"
             for name, g in gradients.items()
-            if abs(booked.get(name, 0.0) - float(g.norm())) > self._tolerance(g) * (float(g.norm()) + 1e-3 * total)
+            if abs(booked.get(name, 0.0) - lengths[name]) > self._tolerance(g) * (lengths[name] + 1e-3 * total)
         ]
         if wrong:
             raise UnsupportedModelError(
@@ -116,13 +120,14 @@ class _Check:
 
     def _check_sum(self) -> None:
         ones = torch.ones(3, dtype=torch.float64)
-        sums = _merged([book.weighted_sums(ones) for book in self._books("aab")])
+        sums = _merged([book.weighted_sums(ones, self._subject.hold) for book in self._books("aab")])
         gradients = self._autograd("aab")
-        total, zero = _length(gradients), torch.zeros(())
+        lengths, total = self._lengths(gradients), self._length(gradients)
+        missing = self._distances({n: sums[n].to(g) for n, g in gradients.items() if n in sums}, gradients)
         wrong = [
             f"'{name}'"
             for name, g in gradients.items()
-            if float((sums.get(name, zero).to(g) - g).norm()) > self._tolerance(g) * (float(g.norm()) + 1e-3 * total)
+            if missing[name] > self._tolerance(g) * (lengths[name] + 1e-3 * total)
         ]
         if wrong:
             raise UnsupportedModelError(
@@ -137,19 +142,21 @@ class _Check:
         undrawn: list[Gradients] = []
         for other in self._subject.others:
             with EqualDraws() as its_draws:
-                two = self._contributions(f"{other}ab", 1)
+                (two,) = self._contributions(f"{other}ab", 1)
             self._check_written(written, self._written)
             # Beside one of another length, padding included, all samples draw other numbers: then nothing is drawn.
             alike = draws.drawn == its_draws.drawn
             with EqualDraws() if alike else self._subject.evaluating():
                 if not alike:
                     undrawn = undrawn or self._contributions("aab", 0, 1)
-                    two = self._contributions(f"{other}ab", 1)
-                # A sample that stands ahead of all others may have taken part of their gradients, which no other shows.
-                two += self._contributions(f"a{other}b", 0)
+                    (two,) = self._contributions(f"{other}ab", 1)
                 ahead, beside = one if alike else undrawn
-                self._compare(beside, two[0], _ANOTHER)
-                self._compare(ahead, two[1], _ANOTHER)
+                self._compare(beside, two, _ANOTHER)
+                del two  # each is as large as the model
+                # A sample that stands ahead of all others may have taken part of their gradients, which no other shows.
+                (two,) = self._contributions(f"a{other}b", 0)
+                self._compare(ahead, two, _ANOTHER)
+                del two
 
     def _check_written(self, written: Gradients, other: Gradients) -> None:
         for name, value in written.items():
@@ -179,16 +186,20 @@ class _Check:
         return alone, both
 
     def _agree(self, one: Gradients, two: Gradients) -> bool:
-        return _length(_difference(one, two)) <= self._coarsest(one) * max(_length(one), _length(two))
+        longest = max(self._length(one), self._length(two))
+        return math.hypot(*self._distances(one, two).values()) <= self._coarsest(one) * longest
 
     def _compare(self, one: Gradients, two: Gradients, event: str) -> None:
         if self._agree(one, two):
             return
-        moved, lengths, tolerance = _difference(one, two), (_length(one), _length(two)), self._coarsest(one)
+        moved, tolerance = self._distances(one, two), self._coarsest(one)
+        lengths = self._length(one), self._length(two)
         self._restore()
         where = where_samples_meet(self._subject.batch, self._subject.gradients)
         size = f"its length went from {lengths[0]:.4g} to {lengths[1]:.4g}"
-        along = sum(float((one[name].double() * two[name].double()).sum()) for name in one.keys() & two.keys())
+        (along,) = self._subject.add_up(
+            [sum(float((one[name].double() * two[name].double()).sum()) for name in one.keys() & two.keys())]
+        )
         if along > (1 - tolerance**2) * lengths[0] * lengths[1] > 0:
             reduction = "mean" if self._subject.mean_loss else "sum"
             raise UnsupportedModelError(
@@ -198,7 +209,7 @@ class _Check:
                 "lightning_dp.per_sample_mean(token_losses, mask). Otherwise the loss is not the "
                 f"{reduction} over the samples that DPStrategy(loss_reduction='{reduction}') says."
             )
-        most = sorted(moved, key=lambda name: -float(moved[name].norm()))
+        most = sorted(moved, key=lambda name: -moved[name])
         raise UnsupportedModelError(
             f"self-check (c): the gradient of a sample changed {event} ({size}; most for "
             f"{_some([repr(name) for name in most])}): samples influence each other{where}. A contrastive loss, a "
@@ -220,7 +231,8 @@ class _Check:
     def _contributions(self, samples: str, *at: int) -> list[Gradients]:
         """Return the gradients in the books of the samples at some places."""
         books, one_hot = self._books(samples), torch.eye(len(samples), dtype=torch.float64)
-        return [_merged([book.weighted_sums(one_hot[k]) for book in books]) for k in at]
+        hold = self._subject.hold
+        return [_merged([book.weighted_sums(one_hot[k], hold) for book in books]) for k in at]
 
     def _books(self, samples: str) -> Sequence[Book]:
         self._restore()
@@ -231,6 +243,25 @@ class _Check:
     def _autograd(self, samples: str) -> Gradients:
         self._restore()
         return _merged(self._subject.gradients(self._subject.batch(samples)))
+
+    # ---- numbers, the same in all processes ------------------------------------------------------------------------
+
+    def _lengths(self, gradients: Gradients) -> dict[str, float]:
+        return self._distances(gradients, {})
+
+    def _distances(self, one: Gradients, two: Gradients) -> dict[str, float]:
+        """Return the lengths of ``one - two``; a parameter that is not in one of them has a gradient of zero."""
+        names, zero = sorted({**one, **two}), torch.zeros(())
+        squares = [float((one.get(n, zero) - two.get(n, zero)).double().square().sum()) for n in names]
+        return {name: math.sqrt(square) for name, square in zip(names, self._subject.add_up(squares), strict=True)}
+
+    def _length(self, gradients: Gradients) -> float:
+        return math.hypot(*self._lengths(gradients).values())
+
+    def _alike(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Return the means over all processes of what differs by rounding at most."""
+        *sums, count = self._subject.add_up([*map(numbers.__getitem__, sorted(numbers)), 1.0])
+        return {name: found / count for name, found in zip(sorted(numbers), sums, strict=True)}
 
     def _tolerance(self, g: Tensor) -> float:
         return _COARSE if self._subject.coarse else _TOLERANCE.get(g.dtype, _COARSE)
@@ -260,16 +291,6 @@ def _merged(releases: Sequence[Gradients]) -> dict[str, Tensor]:
         # By its number alone: a book leaves out parameters that it has no gradient of, and autograd's has zeros there.
         merged |= {f"{name} (release {k + 1})" if k else name: g for name, g in gradients.items()}
     return merged
-
-
-def _difference(one: Gradients, two: Gradients) -> Gradients:
-    """Return ``one - two``; a parameter that is not in one of them has a gradient of zero."""
-    zero = torch.zeros(())
-    return {name: one.get(name, zero) - two.get(name, zero) for name in {**one, **two}}
-
-
-def _length(gradients: Gradients) -> float:
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
 
 
 def _some(names: Sequence[str]) -> str:

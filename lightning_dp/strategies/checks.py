@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError, UnsupportedModelError
@@ -108,6 +110,27 @@ def _check_statistics(name: str, layer: nn.Module) -> None:
         "or LayerNorm, or freeze it in evaluation mode with known statistics (layer.eval(), also after each "
         "model.train())."
     )
+
+
+def check_not_flattened(module: nn.Module) -> None:
+    """Raise if parameters are held in a form that has no gradient of a single sample."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, FullyShardedDataParallel):
+            raise UnsupportedModelError(
+                f"module '{name}' is a FullyShardedDataParallel (FSDP1): it flattens its parameters into one and "
+                "reduces their gradients while the backward pass runs, so that no gradient of a sample is left to "
+                "clip. Use torch.distributed.fsdp.fully_shard (FSDP2) in configure_model(), and DPFSDPStrategy."
+            )
+
+
+def check_whole(module: nn.Module) -> None:
+    """Raise if a process holds parts of parameters only."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise PrivacyConfigurationError(
+                f"parameter '{name}' is sharded over processes (DTensor), and DPStrategy expects each of them to hold "
+                "it whole. Use DPFSDPStrategy, which has the same arguments, for a model with fully_shard."
+            )
 
 
 def check_optimizers(

@@ -1,30 +1,24 @@
 """`DPStrategy`: one device, or several by ordinary data parallelism.
 
-Owns: the arguments that users give, and what Lightning must not do: make a process group for one process, wrap the
-module. Does not own: the private steps (``hooks``), or what processes tell each other (``processes``).
+Owns: what Lightning must not do: make a process group for one process, wrap the module. Does not own: the arguments
+(``arguments``), the private steps (``hooks``), or what processes tell each other (``processes``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.distributed.constants import default_pg_timeout
 
-from lightning_dp.accounting import Accountant
-from lightning_dp.clipping import Clipping
-from lightning_dp.schedule import Stage
 from lightning_dp.strategies import checks
-from lightning_dp.strategies.hooks import PrivateHooks
+from lightning_dp.strategies.arguments import PrivateStrategy
 from lightning_dp.strategies.launching import PrivateLauncher
-from lightning_dp.strategies.settings import PrivacySettings
 
 
-class DPStrategy(PrivateHooks, DDPStrategy):
+class DPStrategy(PrivateStrategy, DDPStrategy):
     """Trains any LightningModule with differential privacy, unchanged, by DP-SGD with per-sample clipping.
 
     Each step draws every training example with probability ``batch_size / N`` (Poisson sampling), bounds each example's
@@ -85,43 +79,15 @@ class DPStrategy(PrivateHooks, DDPStrategy):
 
     strategy_name = "dp"
 
-    def __init__(
+    def _begin_processes(
         self,
-        *,
-        target_epsilon: float | None = None,
-        target_delta: float | None = None,
-        noise_multiplier: float | None = None,
-        max_grad_norm: float | None = None,
-        clipping: str | Clipping = "flat",
-        max_physical_batch_size: int | Literal["auto"] | None = None,
-        accountant: str | Accountant = "prv",
-        loss_reduction: str = "mean",
-        self_check: bool = True,
-        clipping_engine: str = "book",
-        schedule: Sequence[Stage] = (),
-        changed_settings: str = "refuse",
-        private_statistics: bool = False,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        process_group_backend: str | None,
+        timeout: timedelta | None,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"],
     ) -> None:
-        super().__init__(process_group_backend=process_group_backend, timeout=timeout, start_method=start_method)
-        settings = PrivacySettings(
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            clipping=clipping,
-            max_physical_batch_size=max_physical_batch_size,
-            accountant=accountant,
-            loss_reduction=loss_reduction,
-            self_check=self_check,
-            clipping_engine=clipping_engine,
-            schedule=tuple(schedule),
-            changed_settings=changed_settings,
-            private_statistics=private_statistics,
+        DDPStrategy.__init__(
+            self, process_group_backend=process_group_backend, timeout=timeout, start_method=start_method
         )
-        self._begin_run(settings)
 
     # ---- setup: one process needs neither launcher nor process group -------------------------------------------
 
@@ -143,17 +109,10 @@ class DPStrategy(PrivateHooks, DDPStrategy):
         else:
             super().setup_distributed()
 
-    def setup(self, trainer: pl.Trainer) -> None:
-        """Check what will be trained; never wrap it."""
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            checks.check_trainer(trainer)
-            if self._module.automatic_optimization:  # otherwise it is not known yet which layers see private data
-                checks.check_module(self._module)
-        Strategy.setup(self, trainer)
-        if fitting:
-            checks.check_optimizers(self.optimizers, trainer.gradient_clip_val)
-            checks.trained_parameters(self._module, self.optimizers)
+    def _setup_plainly(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            checks.check_whole(self._module)
+        Strategy.setup(self, trainer)  # that of DDPStrategy wraps the module
 
     def _setup_model(self, model: Any) -> Any:
         """Take over the weights of the first process; DDP's reducer would wait for gradients from autograd."""

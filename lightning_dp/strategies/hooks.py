@@ -281,8 +281,9 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
     def _forward(self, prepared: Prepared, batch: PhysicalBatch, run_step: Callable[..., Any]) -> Any:
         """Run the training step on a physical batch; if it takes a branch that no step before took, look at that."""
         keeping = prepared.keeping
-        if not self._module.automatic_optimization or not isinstance(keeping, BookKeeping):
-            return self._recorded(keeping, batch, run_step)  # optimizers may have stepped before a refusal
+        if not self._module.automatic_optimization or not isinstance(keeping, BookKeeping) or keeping.in_parts:
+            # Optimizers may have stepped before a refusal; and only together can processes look at sharded parameters.
+            return self._recorded(keeping, batch, run_step)
         attempt = Attempt(prepared.tree)
         try:
             return self._recorded(keeping, batch, run_step)

@@ -102,8 +102,10 @@ class Observer:
 
     def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
         self.look(keeping)
-        if not check or len(self._index) < 2:
+        checked = check and len(self._index) > 1
+        if not checked or keeping.in_parts:
             self._check_not_written()
+        if not checked:
             return
         named = {**dict(self._module.named_buffers()), **dict(self._module.named_parameters())}
         held = [name for name, _ in self._module.named_buffers()]
@@ -116,7 +118,9 @@ class Observer:
             mean_loss=self._mean_loss,
             others="".join(self._index)[:0:-1],
             smallest="aa" if any(map(_needs_two, self._module.modules())) else "a",
-            coarse=str(self._module.trainer.precision).startswith("bf16"),
+            coarse=keeping.coarse or str(self._module.trainer.precision).startswith("bf16"),
+            hold=keeping.hold,
+            add_up=keeping.add_up,
         )
         with undisturbed(self._module):
             self_check(subject)
@@ -126,8 +130,8 @@ class Observer:
         for name in self._written:
             raise UnsupportedModelError(
                 f"the training step writes into the parameter '{name}': what it writes is not noised, and without the "
-                "self-check it is not known whether it depends on the samples. Let only the optimizer change "
-                "parameters while training; an average of weights belongs in on_train_batch_end."
+                "self-check, or where it is sharded, it is not known whether it depends on the samples. Let only the "
+                "optimizer change parameters while training; an average of weights belongs in on_train_batch_end."
             )
 
     def _choose_samples(self) -> None:

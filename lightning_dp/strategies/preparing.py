@@ -12,9 +12,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
+from lightning_dp.bookkeeping.sharded import ShardedKeeping
 from lightning_dp.data import PoissonLoader
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.manual import ManualStepping
@@ -104,14 +106,21 @@ def prepare(
     found = find(module, run, run_step, put)
     shapes = {name: tuple(parameter.shape) for name, parameter in found.trained.items()}
     run.processes.check_alike({"what is trained": shapes})
-    loops = run.settings.clipping_engine == "loop" and module.automatic_optimization
-    keeping = (LoopKeeping if loops else BookKeeping)(found.trained, found.others)
+    keeping = _keeping_of(module, run, found)
     found.observer.observe(keeping, found.trained, check=run.settings.self_check)
     run.training = training_record(module, run, found, keeping)
     if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
         return _prepare_manual(module, run, keeping, found, found.trial)
     stepping = AutomaticStepping(keeping, run.private_step(found.trained), run.book)
     return Prepared(keeping, stepping, frozenset(), found.trained, Tree(module))
+
+
+def _keeping_of(module: pl.LightningModule, run: PrivateRun, found: Found) -> Keeping:
+    if run.settings.clipping_engine == "loop" and module.automatic_optimization:
+        return LoopKeeping(found.trained, found.others)
+    if any(isinstance(p, DTensor) for p in found.trained.values()):
+        return ShardedKeeping(found.trained, found.others, module)
+    return BookKeeping(found.trained, found.others)
 
 
 def look_again(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dp.bookkeeping import Book, BookKeeping, Keeping
+from lightning_dp.bookkeeping.held import held
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.strategies.checks import loss_of
 from lightning_dp.strategies.following import Following
@@ -88,7 +89,7 @@ class AutomaticTrial(Trial):
         """Return the gradients of the loss."""
         with gradients_put_aside([*trained.values(), *self._module.parameters()]):
             self._required_loss(batch).backward()  # autograd.grad would run no reentrant checkpoint
-            return [{name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}]
+            return [{n: torch.zeros_like(held(p)) if p.grad is None else held(p.grad) for n, p in trained.items()}]
 
     def _required_loss(self, batch: Any) -> Tensor:
         loss = self.loss(batch)

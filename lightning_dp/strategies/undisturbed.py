@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_dp.bookkeeping.held import reshard
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.processes import Processes
@@ -36,6 +37,7 @@ def undisturbed(module: pl.LightningModule, *, attributes: bool = True) -> Itera
     Yields:
         What tells, afterwards, which parameters were written.
     """
+    reshard(module)
     written = Written(dict(module.named_parameters()))
     with ExitStack() as stack:
         # Passes of many sizes leave holes in the C library's heap, which came to several times what a pass needs.

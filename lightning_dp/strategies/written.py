@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_iter
 
+from lightning_dp.bookkeeping.held import held
 from lightning_dp.bookkeeping.operators import OperatorMode, written_by
 
 
@@ -31,7 +32,7 @@ class Written(OperatorMode):
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.names: set[str] = set()
-        self._parameters = {name: p for name, p in parameters.items() if not is_lazy(p)}
+        self._parameters = {name: held(p) for name, p in parameters.items() if not is_lazy(p)}
         self._data = {name: p.data for name, p in self._parameters.items()}
         self._copies: dict[str, Tensor] = {}
         self._at: dict[int, list[str]] = {}  # several lie in one memory: flattened weights of recurrent layers
@@ -66,4 +67,4 @@ def _place(t: Tensor) -> tuple[Any, ...]:
 
 
 def _address(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+    return held(t).untyped_storage().data_ptr()
