@@ -102,10 +102,11 @@ class SharedRandom:
 
     Args:
         key: 128 bits.
+        step: Another number gives independent random numbers.
     """
 
-    def __init__(self, key: int) -> None:
-        self._generator = np.random.Generator(np.random.PCG64DXSM(key))
+    def __init__(self, key: int, step: int = 0) -> None:
+        self._generator = np.random.Generator(np.random.PCG64DXSM([key, step]))
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("random numbers that processes share are secret: they cannot be copied or pickled.")

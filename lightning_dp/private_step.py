@@ -149,7 +149,7 @@ class PrivateStep:
         """
         released = self._sums.take(self._parameters if names is None else names)
         self._add_noise(released.values())
-        self._sums.write(released, self._next_release(len(released)))
+        self._sums.write(released, self._next_release(released))
         if self._bound is not None:
             self._bound.move(self._noise, self._processes)
         if self._statistics is not None:
@@ -161,10 +161,10 @@ class PrivateStep:
         self._sums.clear()
         self._logical_batches = 0
 
-    def _next_release(self, num_parameters: int) -> str:
-        """Say what is released: which step, which time in it, and how many parameters."""
+    def _next_release(self, names: Iterable[str]) -> str:
+        """Say what is released: which step, which time in it, and of which parameters."""
         self._released += 1
-        return f"{self._at} {self._released} {num_parameters}"
+        return f"{self._at} {self._released} {' '.join(names)}"
 
     @property
     def _begun(self) -> Mechanism:

@@ -34,6 +34,14 @@ _BUCKET = 2**22
 _TAGS = 2**24
 """Numbers below this are exact in float32."""
 
+_OTHER_STEPS = (
+    "the processes do not make the same steps: a training step, a batch, an optimizer's step or the end of an epoch "
+    "has come in some of them only, or in another order. What is skipped, or ends an epoch, must not depend on the "
+    "rank or on the samples."
+)
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 T = TypeVar("T")
 
 
@@ -100,9 +108,19 @@ class Processes:
             PrivacyConfigurationError: If they have not the same names and shapes everywhere, or none yet.
         """
 
-    def common_random(self, own: SecretRandom) -> SecretRandom | SharedRandom:
-        """Return random numbers that are the same in all processes, and secret: ``own`` if there is but one."""
-        return own
+    def common_random(self, own: SecretRandom) -> Callable[[int], SecretRandom | SharedRandom]:
+        """Return what gives secret random numbers by the number of a step, the same in all processes.
+
+        In a single process they are always ``own``, whatever the number.
+        """
+        return lambda _: own
+
+    def check_weights(self, weights: Iterable[Tensor]) -> None:
+        """Check that all processes have the same values.
+
+        Raises:
+            PrivacyError: If they do not.
+        """
 
     def seed_alike(self) -> None:
         """Let the generators of torch, Python and NumPy draw the same in all processes."""
@@ -193,7 +211,18 @@ class ProcessGroup(Processes):
         for bucket in _buckets(tensors):
             _add_up(bucket, self._device)
 
-    def _meet(self, what: str) -> None:
+    def check_weights(self, weights: Iterable[Tensor]) -> None:
+        """Compare sums of their bits: a unit's gradient must not depend on the process that it comes to."""
+        sums = [_bits(weight) for weight in weights]
+        told = str(torch.stack([one.to(self._device) for one in sums]).tolist()) if sums else ""
+        self._meet(
+            told,
+            "the weights are no longer the same in all processes: something else than the released gradients has "
+            "changed them, or the learning rate, in some of them. Log what a scheduler follows with sync_dist=True, "
+            "change weights on all ranks alike, and train on devices of one kind.",
+        )
+
+    def _meet(self, what: str, otherwise: str = _OTHER_STEPS) -> None:
         """Check that all processes are about to do the same.
 
         A sum of steps that are not the same one would have two draws in it, and a collective in the place of another
@@ -204,11 +233,7 @@ class ProcessGroup(Processes):
         numbers[self.rank] = mine
         dist.all_reduce(numbers)
         if any(number != mine for number in numbers.tolist()):
-            raise PrivacyError(
-                "the processes do not make the same steps: a training step, a batch, an optimizer's step or the end of "
-                "an epoch has come in some of them only. What is skipped, or ends an epoch, must not depend on the "
-                "rank or on the samples."
-            )
+            raise PrivacyError(otherwise)
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up those that some process has, and divide."""
@@ -225,15 +250,16 @@ class ProcessGroup(Processes):
     def share(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over every tensor of the first process, as ordinary data-parallel training does."""
         self.together(lambda: _check_initialized(tensors))
-        self.check_alike({"the module": {name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()}})
+        self.check_alike({"the module": [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]})
         for tensor in tensors.values():
             value = tensor.detach().to(self._device).contiguous()
             dist.broadcast(value, 0)
             tensor.detach().copy_(value)
 
-    def common_random(self, own: SecretRandom) -> SharedRandom:
-        """Draw a key of 128 bits in the first process, and begin a generator from it everywhere."""
-        return SharedRandom(self.broadcast(secrets.randbits(128)))
+    def common_random(self, own: SecretRandom) -> Callable[[int], SharedRandom]:
+        """Draw a key of 128 bits in the first process; with the number of a step it begins a generator."""
+        key = self.broadcast(secrets.randbits(128))
+        return lambda step: SharedRandom(key, step)
 
     def seed_alike(self) -> None:
         """Seed them by the same number."""
@@ -277,6 +303,12 @@ def _add_up(bucket: list[Tensor], device: torch.device) -> None:
     if len(bucket) > 1 or flat is not one:
         for tensor, value in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.view(-1).copy_(value)
+
+
+def _bits(t: Tensor) -> Tensor:
+    """Return the sum of the bits of all elements, as whole numbers; it is the same in every order of adding."""
+    real = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+    return real.contiguous().view(_BITS[real.element_size()]).sum(dtype=torch.int64)
 
 
 def _check_initialized(tensors: Mapping[str, Tensor]) -> None:

@@ -60,6 +60,7 @@ class Sums:
         Raises:
             PrivacyError: If other processes release something else.
         """
+        self._processes.check_weights(self._parameters.values())
         self._processes.add_up(noisy.values(), what)
         for name, gradient in noisy.items():
             self._parameters[name].grad = gradient.to(self._parameters[name])

@@ -8,9 +8,11 @@ batches (arXiv 1908.10530, definition 3). A logical batch of any size is process
 The loader yields the first of them as an ordinary batch and hands out the others one by one, so that only two are in
 memory at a time.
 
-Several processes draw the same logical batch, by a key that the first one draws anew for each epoch, and share it out:
-process r of W takes every W-th unit of it from the r-th on. So the logical batch is exactly a Poisson sample, no unit
-is in it twice, and however an epoch ends, or whatever workers have fetched ahead, the next one begins alike everywhere.
+Several processes draw the same logical batch and share it out: process r of W takes every W-th unit of it from the r-th
+on. So the logical batch is exactly a Poisson sample, and no unit is in it twice. They draw by a key that the first one
+draws anew for each loader, and by the number of the step that an epoch begins with: however an epoch ends, whatever
+workers have fetched ahead or one process has looked at by itself, the next one begins alike everywhere. Epochs that
+begin with the same step draw the same; nothing was released between them.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ class PoissonLoader:
         self._rate_of, self._first_step = sample_rate, first_step
         self._num_batches, self._random, self._constant_size = num_batches, random, constant_size
         self._processes = processes or Processes()
-        self._drawing: SecretRandom | SharedRandom = random  # of the present epoch
+        self._random_from = self._processes.common_random(random)
         self._chunks: deque[Drawn] = deque()
         self._rest: Iterator[PhysicalBatch] | None = None
         self._delivered: Drawn | None = None
@@ -123,7 +125,6 @@ class PoissonLoader:
         """Yield the first physical batch of every logical batch."""
         self._chunks.clear()
         self.before_epoch()
-        self._drawing = self._processes.common_random(self._random)
         physical = iter(self._inner)
         for _ in range(self._num_batches):
             data = next(physical)
@@ -190,7 +191,8 @@ class PoissonLoader:
 
     def _draw_chunks(self) -> Iterator[list[int]]:
         """Yield the examples of physical batches and note their sizes in the order of the draws."""
-        first, drawing = self._first_step(), self._drawing
+        first = self._first_step()
+        drawing = self._random_from(first)
         for step in range(first, first + self._num_batches):
             rate = self._rate_of(step)
             chosen = self.draw(rate, drawing)

@@ -6,6 +6,7 @@ Owns: which examples belong to a unit, and which of them take part in a step. Do
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -38,6 +39,11 @@ class Units(ABC):
     def expected(self, batch_size: float) -> float:
         """Return how many units a dataloader's batch of so many examples is; the views of an example are one."""
         return batch_size * self.views / self.examples_per_unit
+
+    @property
+    def layout(self) -> str:
+        """What tells which examples are a unit's from another division; empty if every example is one."""
+        return ""
 
     @abstractmethod
     def examples_of(self, units: Sequence[int], random: SecretRandom | None = None) -> list[int]:
@@ -86,6 +92,11 @@ class UserUnits(Units):
         self.examples_per_unit, self._chosen = examples_per_unit * views, examples_per_unit
         self._examples = np.argsort(users, kind="stable")
         self._starts = np.concatenate([[0], np.cumsum(counts)])
+
+    @property
+    def layout(self) -> str:
+        """A digest of every user's examples."""
+        return hashlib.sha256(self._examples.tobytes() + self._starts.tobytes()).hexdigest()
 
     def examples_of(self, units: Sequence[int], random: SecretRandom | None = None) -> list[int]:
         """Return m examples of each user, each as often as it has views."""

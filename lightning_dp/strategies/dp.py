@@ -95,6 +95,23 @@ class DPStrategy(PrivateStrategy, DDPStrategy):
     def _is_single(self) -> bool:
         return self.num_nodes * self.num_processes == 1
 
+    # A single process is alone, whatever started it: a script may train on several devices, and test on one.
+
+    @property
+    def local_rank(self) -> int:
+        """0 for a single process."""
+        return 0 if self._is_single else super().local_rank
+
+    @property
+    def global_rank(self) -> int:
+        """0 for a single process."""
+        return 0 if self._is_single else super().global_rank
+
+    @property
+    def world_size(self) -> int:
+        """1 for a single process."""
+        return 1 if self._is_single else super().world_size
+
     def _configure_launcher(self) -> None:
         if self._is_single:
             return

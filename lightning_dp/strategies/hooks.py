@@ -30,6 +30,7 @@ from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.processes import processes_of
 from lightning_dp.strategies import checks
 from lightning_dp.strategies.apart import check_apart
+from lightning_dp.strategies.between import check_data
 from lightning_dp.strategies.measuring import Step, fastest_size
 from lightning_dp.strategies.preparing import Prepared, look_again, prepare
 from lightning_dp.strategies.public_steps import PublicStepping, PublicSteps
@@ -112,6 +113,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
             # The mechanism is settled anew, and how often one draw is released is only known after a look.
             self._forget()
         loader = self._run.plan(dataloader, trainer, self.world_size)
+        check_data(self._run.processes, loader)
         loader.before_epoch = self._settle_size
         public, run = self._public, self._run
         begin = partial(public.begin_private, trainer, run) if public else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -86,6 +86,16 @@ class Observer:
                 state.restore()
                 found.append(run())
         return found
+
+    def norms(self, keeping: Keeping, sample: str) -> list[dict[str, float]]:
+        """Return the norm of each parameter's gradient, in every release, of a batch of one of the chosen samples."""
+        if not self._index:
+            self._choose_samples()
+        samples = sample * (2 if any(map(_needs_two, self._module.modules())) else 1)
+        with uncompiled(), undisturbed(self._module):
+            every = cast(BookKeeping, keeping)  # trials of automatic optimization take the loop as well
+            books = self._alike(lambda: self._trial.books(every, self.batch(samples), len(samples)))
+            return [{k: float(part[0].sqrt()) for k, part in book.norm_sq_by_parameter().items()} for book in books]
 
     @property
     def num_samples(self) -> int:

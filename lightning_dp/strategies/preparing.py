@@ -19,6 +19,7 @@ from lightning_dp.bookkeeping import BookKeeping, Keeping, LoopKeeping
 from lightning_dp.bookkeeping.sharded import ShardedKeeping
 from lightning_dp.data import PoissonLoader
 from lightning_dp.strategies import checks
+from lightning_dp.strategies.between import check_model
 from lightning_dp.strategies.manual import ManualStepping
 from lightning_dp.strategies.observing import Observer
 from lightning_dp.strategies.record import training_record
@@ -104,10 +105,12 @@ def prepare(
         PrivacyError: If it cannot be trained privately.
     """
     found = find(module, run, run_step, put)
-    shapes = {name: tuple(parameter.shape) for name, parameter in found.trained.items()}
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in found.trained.items()]
     run.processes.check_alike({"what is trained": shapes})
     keeping = _keeping_of(module, run, found)
     found.observer.observe(keeping, found.trained, check=run.settings.self_check)
+    if run.settings.self_check:
+        check_model(run.processes, found.observer, keeping)
     run.training = training_record(module, run, found, keeping)
     if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
         return _prepare_manual(module, run, keeping, found, found.trial)

@@ -53,7 +53,7 @@ def undisturbed(module: pl.LightningModule, *, attributes: bool = True) -> Itera
 @contextmanager
 def drawing_alike(processes: Processes) -> Iterator[None]:
     """Let all processes draw the same random numbers inside, so that they look at the same and equally often."""
-    with _same_random_numbers():
+    with same_random_numbers():
         processes.seed_alike()
         yield
 
@@ -73,7 +73,7 @@ def undisturbed_at_full_speed(module: pl.LightningModule) -> Iterator[None]:
 @contextmanager
 def _same_but_for_parameters(module: pl.LightningModule) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(_same_random_numbers())
+        stack.enter_context(same_random_numbers())
         stack.enter_context(_same_buffers(module))
         stack.enter_context(_same_metrics(module))
         for name in ("log", "log_dict"):
@@ -95,7 +95,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def same_random_numbers() -> Iterator[None]:
+    """Let the generators of torch, Python and NumPy go on afterwards as if nothing had been drawn inside."""
     state = RandomState.of_all()
     try:
         yield

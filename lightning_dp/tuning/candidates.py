@@ -25,7 +25,7 @@ from lightning_dp.tuning.scaling import log_uniform, search_range
 from lightning_dp.tuning.scores import PrivateSelection
 from lightning_dp.tuning.trials import check_mode, signed
 
-BEST = "best.ckpt"
+BEST, PRESENT = "best.ckpt", "run"
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,10 @@ class Candidates(SearchFile):
     def next(self) -> Run | None:
         """Return the run that comes next; ``None`` after the last one."""
         while self._state["best"] is None and self._num_made < len(self._state["settings"]):
-            folder = self._folder(self._num_made)
-            if not any(folder.glob("privacy-journal-*.json")):
+            # The same folder for all of them: a checkpoint says where it was saved.
+            folder = self.directory / PRESENT
+            begun = self._folder(self._num_made).exists() or any(folder.glob("privacy-journal-*.json"))
+            if not begun:
                 folder.mkdir(exist_ok=True)
                 values = self._state["settings"][self._num_made]
                 return Run(values, {"num_sanity_val_steps": 0}, OneMechanism(self), folder / BEST, is_secret=True)
@@ -113,6 +115,8 @@ class Candidates(SearchFile):
     def end(self, score: float) -> None:
         """Keep the score of the run that `next` returned, and its weights if they are the best so far."""
         self._state["scores"].append(repr(score))  # JSON has no NaN
+        if (self.directory / PRESENT).exists():
+            (self.directory / PRESENT).rename(self._folder(self._num_made - 1))  # before the score is on disk
         self.put(self._state)
         for number in set(range(self._num_made)) - {self._best}:
             (self._folder(number) / BEST).unlink(missing_ok=True)
@@ -155,7 +159,7 @@ class Candidates(SearchFile):
             best = {"values": self._state["settings"][number], "score": float(self._state["scores"][number])}
             self._state.update(best=best, settings=[], scores=[])
             self.put(self._state)
-        for folder in self.directory.glob("run-*"):
+        for folder in [*self.directory.glob("run-*"), *self.directory.glob(PRESENT)]:
             shutil.rmtree(folder)
         return {**self._state["best"], "mechanism": self._state["mechanism"]}
 

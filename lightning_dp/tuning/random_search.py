@@ -19,6 +19,7 @@ from rich.table import Table
 
 from lightning_dp.accounting import Phase, RDPBestOf, Repetitions
 from lightning_dp.strategies import DPStrategy
+from lightning_dp.strategies.undisturbed import same_random_numbers
 from lightning_dp.tuning.candidates import BEST, Candidates, RandomSearch
 from lightning_dp.tuning.fits import Fit
 from lightning_dp.tuning.scores import choice
@@ -83,7 +84,7 @@ def run_random_search(search: RandomSearch, strategy: DPStrategy, directory: Pat
         fit: Makes a run.
     """
     accountant, candidates = RDPBestOf(search.repetitions), Candidates(directory, search)
-    with candidates.alone():
+    with candidates.alone(), same_random_numbers():  # how far they have gone would tell the number of runs
         candidates.begin()
         while (run := candidates.next()) is not None:
             assert run.checkpoint is not None, "the best run's weights are what is searched for"

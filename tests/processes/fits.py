@@ -228,6 +228,112 @@ def broken(action, folder=None):
     trainer(dp, max_steps=6, devices=2, **saving).fit(Breaking(action), data_of(20, 2))
 
 
+class Apart(Regression):
+    """Uses something that neither a parameter nor a buffer holds, and that every process has drawn for itself."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.scale = torch.rand(3, dtype=torch.float64) + 0.5
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([batch[0] * self.scale, batch[1]], batch_idx)
+
+
+class Gathering(Regression):
+    """Puts samples of the next process into its loss."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        every = self.all_gather(x).view(-1, *x.shape)
+        return super().training_step([x + every[(self.global_rank + 1) % len(every)], y], batch_idx)
+
+
+class Drifting(Regression):
+    """Changes a weight of one process after the first step."""
+
+    def on_train_batch_end(self, *args):
+        if self.global_rank:
+            with torch.no_grad():
+                self.net[0].bias[0] += 1e-9
+
+
+class Unordered(Regression):
+    """Has its layers in an order that every process chooses."""
+
+    def __init__(self, names):
+        super().__init__(nn.ModuleDict({name: nn.Linear(3, 3).double() for name in names}))
+
+    def training_step(self, batch, batch_idx):
+        return sum(layer(batch[0]).square().mean() for layer in self.net.values())
+
+
+class OwnOrder(TwoOptimizers):
+    """Two optimizers of the same shapes, which step in the order that every process chooses."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double())
+
+    def training_step(self, batch, batch_idx):
+        losses = [self.net[0](batch[0]).square().mean(), self.net[1](batch[0]).square().mean()]
+        pairs = list(zip(losses, self.optimizers(), strict=True))
+        for loss, optimizer in reversed(pairs) if self.global_rank else pairs:
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=1.0) for part in self.net]
+
+
+def users_of(order):
+    """Data of ten users with two examples each, of whom one process thinks otherwise."""
+    data = data_of(20, 2).dataset
+    users = ldp.PrivateDataset(data, user_ids=[k // 2 if order else k % 10 for k in range(20)], examples_per_user=2)
+    return DataLoader(users, batch_size=2)
+
+
+def parted():
+    """The errors of fits whose processes have the same settings, and not the same data or model."""
+    rank = int(os.environ["LOCAL_RANK"])
+    rows = torch.arange(20).roll(rank)
+    moved = DataLoader(TensorDataset(*(t[rows] for t in data_of(20, 2).dataset.tensors)), batch_size=2)
+    settings = {
+        "order of the data": {"data": moved},
+        "users": {"data": users_of(rank)},
+        "attribute": {"module": Apart(network())},
+        "samples of others": {"module": Gathering(network())},
+        "drift": {"module": Drifting(network())},
+        "order of layers": {"module": Unordered(["a", "b"] if rank else ["b", "a"])},
+        "order of optimizers": {"module": OwnOrder(), "strategy": {"max_physical_batch_size": None}},
+        "nothing": {"module": Collective(network())},
+    }
+    return {name: error_of(each) for name, each in settings.items()}
+
+
+def error_of(settings):
+    try:
+        fit(2, **{"data": data_of(20, 2), **settings})
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def peeked():
+    """Draws of a fit in which one process looks at a batch by itself, before the first step and in between."""
+
+    class Peek(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            if trainer.global_rank:
+                next(iter(trainer.train_dataloader))
+
+    watch = Watch()
+    made = trainer(
+        ldp.DPStrategy(noise_multiplier=0.0, target_delta=1e-3), max_steps=4, devices=2, callbacks=[Peek(), watch]
+    )
+    made.fit(Regression(network()), data_of(8, 2))
+    return watch.draws, as_lists(parameters(made.lightning_module))
+
+
 def refused():
     """The errors of fits whose processes differ."""
     rank = int(os.environ["LOCAL_RANK"])

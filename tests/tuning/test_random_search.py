@@ -55,6 +55,8 @@ def test_the_best_run_is_all_that_is_left(capsys):
     head = LinearHead.load_from_checkpoint(result.checkpoint, lr=1.0)
     assert float((head(PUBLIC.features).argmax(1) == PUBLIC.labels).float().mean()) == pytest.approx(result.score)
     assert {path.name for path in Path("random_search").iterdir()} == {"best.ckpt", "search.json", "search.lock"}
+    saved = torch.load(result.checkpoint, weights_only=True)["lightning_dp"]["directory"]
+    assert Path(saved).name == "run", "it tells which run was best"
     kept = Path("random_search/search.json").read_text()
     assert [lr for lr in Scored.seen if repr(lr) in kept] == [result.values["lr"]]
     assert json.loads(kept)["settings"] == json.loads(kept)["scores"] == []
@@ -103,6 +105,16 @@ def test_whoever_goes_on_from_the_best_run_counts_the_others():
     with pytest.raises(PrivacyConfigurationError, match=r"accountant='prv' from a checkpoint that is the best .*10.0"):
         go_on()
     assert go_on(accountant=name).epsilon > result.epsilon
+
+
+def test_random_numbers_afterwards_do_not_tell_how_many_runs_there_were(monkeypatch):
+    found = []
+    for number in (1, 3):
+        draw_runs(monkeypatch, number)
+        torch.manual_seed(0)
+        search(directory=f"of {number}")
+        found.append(float(torch.rand(1)))
+    assert found[0] == found[1]
 
 
 def test_a_run_that_was_interrupted_counts_and_is_not_made_again(counted):  # noqa: F811
