@@ -105,8 +105,7 @@ def prepare(
         PrivacyError: If it cannot be trained privately.
     """
     found = find(module, run, run_step, put)
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in found.trained.items()]
-    run.processes.check_alike({"what is trained": shapes})
+    run.processes.check_alike({"what is trained": list(found.trained)})
     keeping = _keeping_of(module, run, found)
     found.observer.observe(keeping, found.trained, check=run.settings.self_check)
     if run.settings.self_check:

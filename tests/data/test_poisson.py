@@ -246,20 +246,24 @@ def test_the_size_may_change_before_every_epoch(workers):
 
 
 class OneOf(Processes):
-    """One of several processes, all of which are simulated here: they know one key for each epoch."""
+    """One of several processes, all of which are simulated here: they know one key."""
 
     def __init__(self, rank, size, seed=0):
         self.rank, self.size = rank, size
-        self._keys = np.random.default_rng(seed)
+        self._key = int(np.random.default_rng(seed).integers(2**62))
 
     def common_random(self, own):
-        return SharedRandom(int(self._keys.integers(2**62)))
+        return lambda step: SharedRandom(self._key, step)
+
+
+def joined(loader, process):
+    loader._processes, loader._random_from = process, process.common_random(None)
 
 
 def of_several(size, **settings):
     loaders = [poisson(seed=rank, **settings) for rank in range(size)]
     for rank, loader in enumerate(loaders):
-        loader._processes = OneOf(rank, size)
+        joined(loader, OneOf(rank, size))
     return loaders
 
 
@@ -288,7 +292,7 @@ def test_draws_with_keys_of_their_own_are_none():
     """The test of one Poisson sample rejects processes that do not draw alike."""
     loaders = of_several(2)
     for rank, loader in enumerate(loaders):
-        loader._processes = OneOf(rank, 2, seed=rank)
+        joined(loader, OneOf(rank, 2, seed=rank))
     both = [unit for its in zip(*map(shares, loaders), strict=True) for unit in its[0][0] if unit in its[1][0]]
     assert both
 
