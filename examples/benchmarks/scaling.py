@@ -6,8 +6,8 @@ Weak scaling: each process has ``--batch-size`` examples, so that more processes
 of them have so many together. Every row is a fit of its own, started by ``torch.distributed.run``; the time is the
 median of the later half of its steps, and so takes the slowest process into account. Efficiency is the throughput of a
 process as a share of that of one process alone, of the same kind of training. Bytes are those of the tensors that are
-given to ``torch.distributed.all_reduce``, by which DDP's buckets go here, too. Private training sends four bytes more
-for each process, which say that its step is the same.
+given to ``torch.distributed.all_reduce``, by which DDP's buckets go here, too. Private training sends eight bytes
+more for each process, which say that its step and its weights are the same.
 
 More processes than cores take turns: on such a machine only ratios of private to ordinary training and the bytes say
 something.
