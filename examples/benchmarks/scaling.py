@@ -91,6 +91,7 @@ def fit(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     size, meter = int(os.environ.get("WORLD_SIZE", 1)), Meter()
     number = 100 * size * options.batch_size
+    torch.manual_seed(0)  # every process has the same data
     data = TensorDataset(torch.randn(number, options.width), torch.randint(CLASSES, (number,)))
     private = options.fit == "private"
     trainer = pl.Trainer(
