@@ -181,9 +181,8 @@ class ProcessGroup(Processes):
 
     def decide(self, compute: Callable[[], T]) -> T:
         """Compute in the first process, and tell the others."""
-        outcome = _Outcome.of(compute) if self.is_first else None
-        told = self.broadcast(_portable(outcome) if outcome is not None else None)
-        return cast("_Outcome[T]", outcome or told).get()
+        told = self.broadcast(_portable(_Outcome.of(compute)) if self.is_first else None)
+        return cast("_Outcome[T]", told).get()
 
     def together(self, compute: Callable[[], T]) -> T:
         """Compute everywhere, and tell of errors."""
@@ -322,13 +321,18 @@ def _check_initialized(tensors: Mapping[str, Tensor]) -> None:
 
 def _portable(outcome: _Outcome[T]) -> _Outcome[T]:
     """Return what can be told: an error that cannot be pickled only by its name and text."""
-    if outcome.error is None:
-        return outcome
     try:
-        pickle.loads(pickle.dumps(outcome.error))
-        return outcome
-    except Exception:  # whatever a class of the user's does
-        return _Outcome(error=PrivacyError(f"{type(outcome.error).__name__}: {outcome.error}"))
+        pickle.loads(pickle.dumps(outcome))
+    except Exception as reason:  # whatever a class of the user's does
+        if outcome.error is not None:
+            return _Outcome(error=PrivacyError(f"{type(outcome.error).__name__}: {outcome.error}"))
+        return _Outcome(
+            error=PrivacyConfigurationError(
+                f"what the first process has settled cannot be told to the others ({reason}). Define the classes of a "
+                "clipping or an accountant of your own at the top of a module."
+            )
+        )
+    return outcome
 
 
 def _shown(value: object) -> str:

@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 
 from lightning_dp.accounting import Repetitions
 from lightning_dp.accounting.phases import check_delta, check_target_epsilon
+from lightning_dp.callbacks import PrivacyReport
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
 from lightning_dp.tuning.fits import Run, check_automatic
 from lightning_dp.tuning.history import SearchFile
@@ -187,7 +188,17 @@ class OneMechanism(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check."""
         check_automatic(pl_module)
+        _check_silent(trainer)
         strategy: Any = trainer.strategy
         steps = strategy.budget.planned_steps
         mechanism = {"noise_multiplier": strategy.noise_multiplier, "sample_rate": strategy.sample_rate}
         self._candidates.check_mechanism({**mechanism, "num_steps": steps})
+
+
+def _check_silent(trainer: pl.Trainer) -> None:
+    """Raise if a run would leave a report: the search takes it out of the trainer's callbacks, not out of a module."""
+    if any(isinstance(callback, PrivacyReport) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise PrivacyConfigurationError(
+            "PrivacyReport from configure_callbacks() in a random search: it would keep a report of every run, and "
+            "how many there are must stay unknown. Leave it out; `lightning-dp report` makes one of the best run."
+        )

@@ -359,6 +359,7 @@ def refused():
     together = ProcessGroup(torch.device("cpu"))
     for name, act in {
         "sums of different steps": lambda: together.add_up([torch.ones(1)], f"step {rank}"),
+        "told to nobody": lambda: together.decide(lambda: lambda: 1),
         "different collectives": lambda: together.gather(1) if rank else together.broadcast(1),
     }.items():
         try:

@@ -27,6 +27,7 @@ def test_differences_between_processes_are_an_error_in_all_of_them():
         "module": "the module is not the same in all 2 processes",
         "lazy": "'net.0.weight' has no values yet.*configure_model",
         "sums of different steps": "PrivacyError: the processes do not make the same steps",
+        "told to nobody": "PrivacyConfigurationError: what the first process has settled cannot be told to the others",
         "different collectives": "PrivacyError: the processes do not make the same steps",
     }
     for errors in run(2, fits.refused):

@@ -253,6 +253,18 @@ def test_a_module_that_was_trained_is_refused():
         search(lambda lr: module)
 
 
+def test_a_report_of_every_run_is_refused():
+    class Reporting(LinearHead):
+        def configure_callbacks(self):
+            return [ldp.PrivacyReport()]
+
+    with pytest.raises(
+        PrivacyConfigurationError, match=r"PrivacyReport from configure_callbacks\(\) in a random search"
+    ):
+        search(lambda lr: Reporting(4, 2, lr=lr))
+    search(trainer={"callbacks": [ldp.PrivacyReport()]}, directory="taken out")
+
+
 def test_manual_optimization_is_refused():
     class Manual(LinearHead):
         automatic_optimization = False
