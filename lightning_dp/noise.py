@@ -33,7 +33,7 @@ class SecretRandom:
     """
 
     def __init__(self) -> None:
-        self._process, self._cpu = os.getpid(), np.random.Generator(np.random.PCG64DXSM())
+        self._process, self._cpu = os.getpid(), _generator()
         self._others: list[np.random.Generator] = []
         self._devices: dict[torch.device, torch.Generator] = {}
 
@@ -86,7 +86,7 @@ class SecretRandom:
         """Return independent generators, one for each thread."""
         first = self._here()
         while len(self._others) < count - 1:
-            self._others.append(np.random.Generator(np.random.PCG64DXSM()))
+            self._others.append(_generator())
         return [first, *self._others[: count - 1]]
 
     def _here(self) -> np.random.Generator:
@@ -106,7 +106,7 @@ class SharedRandom:
     """
 
     def __init__(self, key: int, step: int = 0) -> None:
-        self._generator = np.random.Generator(np.random.PCG64DXSM([key, step]))
+        self._generator = _generator([key, step])
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("random numbers that processes share are secret: they cannot be copied or pickled.")
@@ -114,6 +114,14 @@ class SharedRandom:
     def uniform(self, size: int) -> Tensor:
         """Return ``size`` independent values in [0, 1), in float64 on the CPU."""
         return torch.from_numpy(self._generator.random(size))
+
+
+def _generator(seed: list[int] | None = None) -> np.random.Generator:
+    """Return a generator; without a seed, the operating system gives one of 128 bits.
+
+    SFC64: with it a normal value costs a fifth less than with PCG64DXSM, and more than half of the noise's time is that.
+    """
+    return np.random.Generator(np.random.SFC64(seed))
 
 
 def _batches(pieces: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:

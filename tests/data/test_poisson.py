@@ -67,21 +67,21 @@ def inclusion(loader):
     return rows
 
 
-def z_of_chi_square(observed, expected, variance, degrees):
-    statistic = float(((observed - expected).square() / variance).sum())
-    return (statistic - degrees) / math.sqrt(2 * degrees)
+def upper_tail(observed, expected, variance, degrees):
+    """The probability of a chi-square statistic at least as large."""
+    return stats.chi2.sf(float(((observed - expected).square() / variance).sum()), degrees)
 
 
 def passes(rows, q):
     """Chi-square of the inclusions per example and per draw, and of neighbouring examples and draws together."""
     assert DRAWS * q**2 >= 5, "too rare for the normal approximation"
-    each = z_of_chi_square(rows.sum(0), DRAWS * q, DRAWS * q * (1 - q), N)
-    size = z_of_chi_square(rows.sum(1), N * q, N * q * (1 - q), DRAWS)
+    each = upper_tail(rows.sum(0), DRAWS * q, DRAWS * q * (1 - q), N)
+    size = upper_tail(rows.sum(1), N * q, N * q * (1 - q), DRAWS)
     pairs = (rows[:, 1:] * rows[:, :-1]).sum(0)[::2]  # disjoint pairs of examples
-    together = z_of_chi_square(pairs, DRAWS * q**2, DRAWS * q**2 * (1 - q**2), len(pairs))
+    together = upper_tail(pairs, DRAWS * q**2, DRAWS * q**2 * (1 - q**2), len(pairs))
     steps = (rows[1:] * rows[:-1])[::2].sum(0)
-    after = z_of_chi_square(steps, DRAWS / 2 * q**2, DRAWS / 2 * q**2 * (1 - q**2), N)
-    return all(abs(z) < 3.5 for z in (each, size, together, after))
+    after = upper_tail(steps, DRAWS / 2 * q**2, DRAWS / 2 * q**2 * (1 - q**2), N)
+    return all(2e-4 < p < 1 - 2e-4 for p in (each, size, together, after))
 
 
 @pytest.mark.parametrize("q", [0.1, 0.3, 0.9])
