@@ -119,7 +119,7 @@ class SharedRandom:
 def _generator(seed: list[int] | None = None) -> np.random.Generator:
     """Return a generator; without a seed, the operating system gives one of 128 bits.
 
-    SFC64: with it a normal value costs a fifth less than with PCG64DXSM, and more than half of the noise's time is that.
+    SFC64: a normal value costs a fifth less than with PCG64DXSM, and most of the noise's time goes into those.
     """
     return np.random.Generator(np.random.SFC64(seed))
 

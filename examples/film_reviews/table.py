@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_dp as ldp
 from lightning_dp.demos.film_reviews import FilmReviews
 from lightning_dp.demos.sentence_data import InOrder, collate
-from lightning_dp.demos.sentences import SentenceClassifier, SentenceHead
+from lightning_dp.demos.sentences import SentenceClassifier, SentenceHead, known_means
 
 DELTA = 1e-5
 BOUND = 0.1  # below nearly all norms, so that all examples weigh the same, as in automatic clipping
@@ -49,9 +49,9 @@ class Method:
 
 METHODS = {
     "full": Method("all", 4e-4, 0.1, 2e-4, 2e-3),
-    "bias-only": Method("all", 4e-3, 0.1, 3e-3, 3e-3, only_biases=True),
+    "bias-only": Method("all", 4e-3, 0.1, 4e-3, 0.01, only_biases=True),
     "head-only": Method("head", 0.0, 0.1, 0.0, 0.03),
-    "lora": Method("lora", 4e-3, 0.1, 2e-3, 2e-3),
+    "lora": Method("lora", 4e-3, 0.1, 4e-3, 0.03),
 }
 
 
@@ -109,13 +109,8 @@ def means(examples: int | None, sources: Sources, physical: int) -> tuple[Tensor
     data.prepare_data()
     data.setup("fit")
     model = SentenceClassifier(encoder=sources.encoder)
-    known = []
-    for part in (data.train, data.test):
-        batches = DataLoader(part, physical, collate_fn=collate)
-        with torch.inference_mode():
-            rows = torch.cat([model.mean_state(tokens, mask) for tokens, mask, _ in batches])
-        known.append(TensorDataset(rows.clone(), torch.tensor([label for _, label in part])))
-    return known[0], known[1], _size(model.encoder)
+    train, test = (known_means(model, part, physical) for part in (data.train, data.test))
+    return train, test, _size(model.encoder)
 
 
 def _size(module: torch.nn.Module, trained: bool = False) -> int:

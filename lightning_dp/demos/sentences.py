@@ -15,9 +15,11 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_dp.demos.encoder import load_encoder
+from lightning_dp.demos.sentence_data import Example, collate
 
 # The encoder is in evaluation mode on purpose: noise takes the place of dropout.
 warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training")
@@ -114,6 +116,20 @@ class SentenceHead(_Classifier):
         """Logits ``[B, C]`` of means ``[B, d]``."""
         logits: Tensor = self.head(means)
         return logits
+
+
+def known_means(model: SentenceClassifier, examples: Sequence[Example], batch_size: int = 64) -> TensorDataset:
+    """Return what the encoder makes of sentences, ``[N, d]``, with their labels ``[N]``.
+
+    Args:
+        model: The encoder is its.
+        examples: Sentences as tokens, with labels.
+        batch_size: How many sentences the encoder sees at a time.
+    """
+    batches: DataLoader[Any] = DataLoader(examples, batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        rows = torch.cat([model.mean_state(tokens, mask) for tokens, mask, _ in batches])
+    return TensorDataset(rows.clone(), torch.tensor([label for _, label in examples]))  # clone: to be trained on
 
 
 def _with_adapters(encoder: Any) -> Any:

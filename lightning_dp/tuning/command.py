@@ -137,7 +137,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add("--learning_rate", default="model.lr", metavar="ARGUMENT", help="the argument that is it (model.lr)")
     add("--lr", type=float, nargs=2, default=space.lr, metavar=("LEAST", "LARGEST"), help=f"to try in {space.lr}")
     add("--steps", type=int, nargs=2, default=space.num_steps, metavar=("LEAST", "MOST"), help=f"{space.num_steps}")
-    add("--small_epsilons", type=float, nargs="+", metavar="EPSILON", help="of one run of each stage (5%%, 10%%)")
+    add("--small_epsilons", type=float, nargs="+", metavar="EPSILON", help="of one run of each stage (5%%, 20%%)")
     add("--num_runs", type=int, nargs="+", default=(3, 3), metavar="RUNS", help="of each of these stages (3 3)")
     add("--seed", type=int, default=0, help="of the settings that are tried (0)")
 

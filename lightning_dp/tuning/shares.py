@@ -134,7 +134,7 @@ class SearchPlan:
         Args:
             target_epsilon: For all runs together, in nats.
             target_delta: In (0, 1).
-            small_epsilons: Of one run of each stage before the final one, rising. Default: 5 % and 10 % of the target.
+            small_epsilons: Of one run of each stage before the final one, rising. Default: 5 % and 20 % of the target.
             num_runs: How many runs there are of each of these stages.
             score_mu: What the score of a run takes beside, not squared.
 
@@ -143,7 +143,7 @@ class SearchPlan:
                 the largest of them has.
         """
         target, delta = check_target_epsilon(target_epsilon), check_delta("target_delta", target_delta)
-        small = (0.05 * target, 0.1 * target) if small_epsilons is None else tuple(small_epsilons)
+        small = (0.05 * target, 0.2 * target) if small_epsilons is None else tuple(small_epsilons)
         _check_stages((*small, target), (*num_runs, 1))
         shares = zip(small, num_runs, strict=True)
         squares = [n * (gaussian_mu(epsilon, delta) ** 2 + score_mu**2) for epsilon, n in shares]

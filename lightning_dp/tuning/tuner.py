@@ -55,7 +55,7 @@ def tune(
         monitor: What ``validation_step`` logs and is to choose.
         mode: ``"max"`` or ``"min"``.
         space: Where settings are tried.
-        small_epsilons: What one run of each stage before the final one has, rising, in nats. Default: 5 % and 10 % of
+        small_epsilons: What one run of each stage before the final one has, rising, in nats. Default: 5 % and 20 % of
             the target.
         num_runs: How many runs each of these stages has.
         seed: Of the settings that are tried. It says nothing about noise and sampling, which are always secret.

@@ -21,7 +21,7 @@ from lightning_dp.demos import encoder as encoders
 from lightning_dp.demos import film_reviews as reviews
 from lightning_dp.demos.film_reviews import FilmReviews, read_reviews, reviews_file
 from lightning_dp.demos.sentence_data import InOrder, collate
-from lightning_dp.demos.sentences import SentenceClassifier, SentenceHead
+from lightning_dp.demos.sentences import SentenceClassifier, SentenceHead, known_means
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["a", "fine", "dull", "film", "with", "wit", "and", "no", "heart"]
@@ -190,6 +190,19 @@ def test_the_head_alone_is_the_head_of_the_whole(folder):
     head.head.load_state_dict(model.head.state_dict())
     tokens, mask, _ = collate([(torch.tensor([2, 5, 6, 3]), 0), (torch.tensor([2, 7, 3]), 0)])
     torch.testing.assert_close(head(model.mean_state(tokens, mask)), model(tokens, mask))
+
+
+def test_known_means_are_those_of_each_sentence_alone(file, folder):
+    """In the order of the sentences, whatever they were padded to."""
+    data, model = data_of(file, folder), SentenceClassifier(encoder=folder)
+    data.setup("fit")
+    means, labels = known_means(model, data.test, batch_size=6).tensors
+    assert labels.tolist() == [label for _, label in data.test]
+    assert len({len(tokens) for tokens, _ in data.test}) > 1
+    with torch.no_grad():
+        alone = [model.encoder(input_ids=tokens[None]).last_hidden_state.mean(1) for tokens, _ in data.test]
+    torch.testing.assert_close(means, torch.cat(alone))
+    assert not means.is_inference(), "nothing could be trained on them"
 
 
 def test_the_head_has_a_learning_rate_of_its_own(file, folder):
