@@ -463,6 +463,27 @@ def test_a_step_that_is_run_again_begins_where_it_began():
     assert module.took == [4, 8]
 
 
+@pytest.mark.parametrize(
+    ("draw", "sequence"), [(np.random.rand, np.random.RandomState(5).rand), (random.random, random.Random(5).random)]
+)
+def test_a_step_that_is_run_again_draws_the_same_by_python_and_numpy(draw, sequence):
+    class Draws(Regression):
+        def __init__(self):
+            super().__init__()
+            self.other, self.drawn = nn.Linear(3, 2), []
+
+        def training_step(self, batch, batch_idx):
+            self.drawn.append(draw())
+            return F.mse_loss((self.other if self.global_step > 1 else self.net)(batch[0]), batch[1])
+
+    module = Draws()
+    random.seed(5)
+    np.random.seed(5)
+    fit_steps(module, 4)
+    assert len(module.drawn) > 4
+    assert module.drawn == [sequence() for _ in module.drawn]
+
+
 def test_a_late_branch_after_a_write_into_a_buffer():
     class Writes(Regression):
         def __init__(self):
