@@ -117,7 +117,7 @@ class Dense(Entry):
 
     def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return ``sum_i weight[i] * g[i]``."""
-        rows, weight = self.g.reshape(self.num_samples, -1), weight.to(self.g)[None]
+        rows, weight = self.g.reshape(self.num_samples, -1), weight.to(self.g).view(1, -1)
         if total is None:
             return (weight @ rows).view(self.shape)
         total.view(1, -1).addmm_(weight.to(total), rows.to(total))

@@ -89,7 +89,7 @@ class Outer(Entry):
 
     def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return one matrix product over all samples and positions, or one for each sample if that copies less."""
-        scale = weight.to(self.g)[:, None, None]
+        scale = weight.to(self.g).view(-1, 1, 1)
         a, g = (self.a, self.g * scale) if self.g.shape[-1] <= self.a.shape[-1] else (self.a * scale, self.g)
         rows = g.shape[-1]
         if self._is_positions_last and self.num_samples <= _FEW_SAMPLES:

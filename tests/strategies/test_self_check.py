@@ -2,6 +2,7 @@
 
 import copy
 import random
+import weakref
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -535,6 +536,23 @@ def fit_steps(module, steps):
     dp = ldp.DPStrategy(noise_multiplier=1.0, max_physical_batch_size=2)
     trainer(dp, max_steps=steps).fit(module, loader())
     return dp
+
+
+def test_about_one_gradient_of_the_whole_model_is_held_at_a_time(monkeypatch):
+    held, most = {}, [0]
+
+    def hold(self, name, whole):
+        key = len(most)
+        held[key] = whole.numel()
+        weakref.finalize(whole, held.pop, key)
+        most.append(sum(held.values()))
+        return whole
+
+    monkeypatch.setattr(ldp.bookkeeping.BookKeeping, "hold", hold)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    fit(Regression(net))
+    sizes = [p.numel() for p in net.parameters()]
+    assert sum(sizes) <= max(most) <= sum(sizes) + 2 * max(sizes)
 
 
 def test_it_can_be_switched_off():
