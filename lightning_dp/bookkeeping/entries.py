@@ -152,10 +152,10 @@ def norms_sq(dense: Tensor) -> Tensor:
     Row by row: one long sum in float32 would lose digits, some per cent for the largest parameters. Rows of a few
     elements, as of a convolution's kernel, would take several times as long.
     """
-    flat = dense.reshape(len(dense), -1)
+    flat = dense.reshape(dense.shape[0], -1)
     if flat.shape[1] <= _LONG_ROW:
         return torch.linalg.vector_norm(flat, dim=1).square()
-    rows = flat.view(len(flat), -1, _row_length(dense.shape[1:]))
+    rows = flat.view(flat.shape[0], -1, _row_length(dense.shape[1:]))
     pieces = rows.split(_LONG_ROW, -1) if rows.shape[-1] > _LONG_ROW else (rows,)
     parts = [torch.linalg.vector_norm(piece, dim=-1).square().sum(1) for piece in pieces]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
