@@ -122,7 +122,8 @@ class PrivateStep:
         """Add what is in a book to the sums, clipped; return the norms of the drawn samples, and their bound."""
         norm = book.norm_sq().sqrt() * scale
         weight = clipping.factor(norm) * scale
-        weight[num_real:] = 0  # phantoms
+        if num_real < book.num_samples:
+            weight[num_real:] = 0  # phantoms
         self._sums.pour(book, weight, names)
         return norm[:num_real], clipping.max_grad_norm
 

@@ -151,16 +151,22 @@ class Book:
         with without_autocast():
             return {name: _norm_sq(entries) for name, entries in self.entries.items()}
 
-    def weighted_sums(self, weight: Tensor, hold: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    def weighted_sums(
+        self,
+        weight: Tensor,
+        hold: Callable[[str, Tensor], Tensor] | None = None,
+        names: Iterable[str] | None = None,
+    ) -> dict[str, Tensor]:
         """Return ``sum_i weight[i] * G_i`` per parameter; a sample of weight 0 adds exact zeros, even if it is NaN.
 
         Args:
             weight: Of every sample.
             hold: Returns what is to be kept of the sum of a parameter, by its name.
+            names: Of which parameters, if not of all.
         """
         sums: dict[str, Tensor] = {}
         book = Book(self.num_samples, dict(self.entries))
-        for name in list(self.entries):
+        for name in self.entries if names is None else names:
             book.pour(weight, sums, [name])
             sums[name] = sums[name] if hold is None else hold(name, sums[name])
         return sums

@@ -117,7 +117,7 @@ class Dense(Entry):
 
     def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return ``sum_i weight[i] * g[i]``."""
-        rows, weight = self.g.reshape(self.num_samples, -1), weight.to(self.g)[None]
+        rows, weight = self.g.reshape(self.num_samples, -1), weight.to(self.g).view(1, -1)
         if total is None:
             return (weight @ rows).view(self.shape)
         total.view(1, -1).addmm_(weight.to(total), rows.to(total))
@@ -152,7 +152,10 @@ def norms_sq(dense: Tensor) -> Tensor:
     Row by row: one long sum in float32 would lose digits, some per cent for the largest parameters. Rows of a few
     elements, as of a convolution's kernel, would take several times as long.
     """
-    rows = dense.reshape(dense.shape[0], -1, _row_length(dense.shape[1:]))
+    flat = dense.reshape(dense.shape[0], -1)
+    if flat.shape[1] <= _LONG_ROW:
+        return torch.linalg.vector_norm(flat, dim=1).square()
+    rows = flat.view(flat.shape[0], -1, _row_length(dense.shape[1:]))
     pieces = rows.split(_LONG_ROW, -1) if rows.shape[-1] > _LONG_ROW else (rows,)
     parts = [torch.linalg.vector_norm(piece, dim=-1).square().sum(1) for piece in pieces]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

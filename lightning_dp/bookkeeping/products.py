@@ -65,6 +65,8 @@ class Outer(Entry):
 
     def settled(self, spare: int) -> Entry:
         """Return what is materialised, if that is the fastest; ``a`` and ``g`` need not be held then."""
+        if self.num_positions == 1:  # nothing is cheaper than the norms of two vectors
+            return self
         shape = self._costs
         way = cheapest(shape, rates_of(self.a), spare)
         if way is Way.KEPT:
@@ -73,7 +75,9 @@ class Outer(Entry):
         return self
 
     def norm_sq(self) -> Tensor:
-        """Return the norms, through Gram matrices or sample by sample."""
+        """Return the norms, through Gram matrices or sample by sample; of two vectors, the product of theirs."""
+        if self.num_positions == 1:
+            return norms_sq(self.a) * norms_sq(self.g)
         if self._way is Way.TILED:
             return torch.cat([norms_sq(torch.bmm(g[None].mT, a[None])) for a, g in zip(self.a, self.g, strict=True)])
         norm_sq, most = _gram(self.a, self.g)
@@ -85,7 +89,7 @@ class Outer(Entry):
 
     def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return one matrix product over all samples and positions, or one for each sample if that copies less."""
-        scale = weight.to(self.g)[:, None, None]
+        scale = weight.to(self.g).view(-1, 1, 1)
         a, g = (self.a, self.g * scale) if self.g.shape[-1] <= self.a.shape[-1] else (self.a * scale, self.g)
         rows = g.shape[-1]
         if self._is_positions_last and self.num_samples <= _FEW_SAMPLES:
@@ -119,6 +123,8 @@ class Outer(Entry):
     @property
     def _way(self) -> Way:
         """The fastest way without keeping anything."""
+        if self.num_positions == 1:
+            return Way.GHOST
         if self._chosen is None:
             self._chosen = cheapest(self._costs, rates_of(self.a), 0, kept=False)
         return self._chosen
@@ -126,6 +132,8 @@ class Outer(Entry):
 
 def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     a, g = accurate(a), accurate(g)
+    if a.dtype == g.dtype:
+        return a, g
     dtype = torch.promote_types(a.dtype, g.dtype)
     return a.to(dtype), g.to(dtype)
 

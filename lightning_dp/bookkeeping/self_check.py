@@ -20,18 +20,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.book import Book
+from lightning_dp.bookkeeping.comparing import Gradients, Sums, merged, squared_lengths
 from lightning_dp.bookkeeping.culprit import where_samples_meet
 from lightning_dp.bookkeeping.draws import EqualDraws
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.errors import UnsupportedModelError
-
-Gradients = Mapping[str, Tensor]
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
 _COARSE = 5e-2
@@ -101,12 +101,13 @@ class _Check:
     def _check_one_sample(self) -> None:
         samples, draws = self._subject.smallest, self._equal_draws
         with draws():
-            norms = _merged([book.norm_sq_by_parameter() for book in self._books(samples)])
+            norms = merged([book.norm_sq_by_parameter() for book in self._books(samples)])
         with draws():
             gradients = self._autograd(samples)
         copies = len(samples) if self._subject.mean_loss else 1  # of a mean over copies, each has its share
         booked = self._alike({name: float(part[0].sqrt()) * copies for name, part in norms.items()})
-        lengths, total = self._lengths(gradients), self._length(gradients)
+        lengths, *_ = self._lengths(gradients)
+        total = _length(lengths)
         wrong = [
             f"'{name}' ({booked.get(name, 0.0):.6g} in the book, {lengths[name]:.6g} by autograd)"
             for name, g in gradients.items()
@@ -119,11 +120,9 @@ class _Check:
             )
 
     def _check_sum(self) -> None:
-        ones = torch.ones(3, dtype=torch.float64)
-        sums = _merged([book.weighted_sums(ones, self._subject.hold) for book in self._books("aab")])
-        gradients = self._autograd("aab")
-        lengths, total = self._lengths(gradients), self._length(gradients)
-        missing = self._distances({n: sums[n].to(g) for n, g in gradients.items() if n in sums}, gradients)
+        gradients, sums = self._autograd("aab"), self._sums("aab", torch.ones(3))
+        lengths, _, missing = self._lengths(gradients, sums)
+        total = _length(lengths)
         wrong = [
             f"'{name}'"
             for name, g in gradients.items()
@@ -137,26 +136,42 @@ class _Check:
 
     def _check_neighbours(self) -> None:
         """Compare what samples contribute when the first one is another, and when the second one is."""
+        alike, unlike = self._check_first()
+        # A sample that stands ahead of all others may have taken part of their gradients, which no other shows.
+        self._check_beside(EqualDraws, "a{}b", 0, alike)
+        self._check_beside(self._subject.evaluating, "{}ab", 1, unlike)
+        self._check_beside(self._subject.evaluating, "a{}b", 0, unlike)
+
+    def _check_first(self) -> tuple[str, str]:
+        """Compare what the second sample contributes; return which others draw the same as the first, and which not.
+
+        Beside one of another length, padding included, all samples draw other numbers: then nothing is to be drawn.
+        """
+        alike = ""
         with EqualDraws() as draws:
-            one, written = self._contributions("aab", 0, 1), self._written
-        undrawn: list[Gradients] = []
+            one, written = dict(self._contribution("aab", 1)), self._written
         for other in self._subject.others:
             with EqualDraws() as its_draws:
-                (two,) = self._contributions(f"{other}ab", 1)
+                two = self._contribution(f"{other}ab", 1)
             self._check_written(written, self._written)
-            # Beside one of another length, padding included, all samples draw other numbers: then nothing is drawn.
-            alike = draws.drawn == its_draws.drawn
-            with EqualDraws() if alike else self._subject.evaluating():
-                if not alike:
-                    undrawn = undrawn or self._contributions("aab", 0, 1)
-                    (two,) = self._contributions(f"{other}ab", 1)
-                ahead, beside = one if alike else undrawn
-                self._compare(beside, two, _ANOTHER)
-                del two  # each is as large as the model
-                # A sample that stands ahead of all others may have taken part of their gradients, which no other shows.
-                (two,) = self._contributions(f"a{other}b", 0)
-                self._compare(ahead, two, _ANOTHER)
-                del two
+            if draws.drawn == its_draws.drawn:
+                alike += other
+                with EqualDraws():
+                    self._compare(one, two, _ANOTHER)
+            del two  # before the next pass: it holds the book of this one
+        return alike, "".join(other for other in self._subject.others if other not in alike)
+
+    def _check_beside(
+        self, drawing: Callable[[], AbstractContextManager[object]], form: str, at: int, others: str
+    ) -> None:
+        """Compare what the sample at a place contributes beside the first sample and beside others."""
+        if not others:
+            return
+        with drawing():
+            one = dict(self._contribution(form.format("a"), at))
+        for other in others:
+            with drawing():
+                self._compare(one, self._contribution(form.format(other), at), _ANOTHER)
 
     def _check_written(self, written: Gradients, other: Gradients) -> None:
         for name, value in written.items():
@@ -176,24 +191,21 @@ class _Check:
 
     def _left_out(self) -> tuple[Gradients, Gradients]:
         """Return what a sample contributes to a batch of two, and to one of three."""
-        draws = self._equal_draws
+        draws, mean = self._equal_draws, self._subject.mean_loss
         with draws():
-            (alone,) = self._contributions("ab", 1)
+            alone = dict(self._contribution("ab", 1, 2.0 if mean else 1.0))
         with draws():
-            (both,) = self._contributions("aab", 2)
-        if self._subject.mean_loss:
-            alone, both = {n: 2 * g for n, g in alone.items()}, {n: 3 * g for n, g in both.items()}
-        return alone, both
+            return alone, self._contribution("aab", 2, 3.0 if mean else 1.0)
 
     def _agree(self, one: Gradients, two: Gradients) -> bool:
-        longest = max(self._length(one), self._length(two))
-        return math.hypot(*self._distances(one, two).values()) <= self._coarsest(one) * longest
+        lengths, its_lengths, moved = self._lengths(one, two)
+        return _length(moved) <= self._coarsest(one) * max(_length(lengths), _length(its_lengths))
 
     def _compare(self, one: Gradients, two: Gradients, event: str) -> None:
         if self._agree(one, two):
             return
-        moved, tolerance = self._distances(one, two), self._coarsest(one)
-        lengths = self._length(one), self._length(two)
+        *both, moved = self._lengths(one, two)
+        lengths, tolerance = [_length(each) for each in both], self._coarsest(one)
         self._restore()
         where = where_samples_meet(self._subject.batch, self._subject.gradients)
         size = f"its length went from {lengths[0]:.4g} to {lengths[1]:.4g}"
@@ -228,11 +240,12 @@ class _Check:
             self._books("aab")
         return lambda: EqualDraws(of_two.drawn, of_three.drawn)
 
-    def _contributions(self, samples: str, *at: int) -> list[Gradients]:
-        """Return the gradients in the books of the samples at some places."""
-        books, one_hot = self._books(samples), torch.eye(len(samples), dtype=torch.float64)
-        hold = self._subject.hold
-        return [_merged([book.weighted_sums(one_hot[k], hold) for book in books]) for k in at]
+    def _contribution(self, samples: str, at: int, scale: float = 1.0) -> Gradients:
+        """Return the gradients in the books of the sample at a place, times a number."""
+        return self._sums(samples, scale * torch.eye(len(samples))[at])
+
+    def _sums(self, samples: str, weight: Tensor) -> Gradients:
+        return Sums(self._books(samples), weight.double(), self._subject.hold)
 
     def _books(self, samples: str) -> Sequence[Book]:
         self._restore()
@@ -242,21 +255,16 @@ class _Check:
 
     def _autograd(self, samples: str) -> Gradients:
         self._restore()
-        return _merged(self._subject.gradients(self._subject.batch(samples)))
+        return merged(self._subject.gradients(self._subject.batch(samples)))
 
     # ---- numbers, the same in all processes ------------------------------------------------------------------------
 
-    def _lengths(self, gradients: Gradients) -> dict[str, float]:
-        return self._distances(gradients, {})
-
-    def _distances(self, one: Gradients, two: Gradients) -> dict[str, float]:
-        """Return the lengths of ``one - two``; a parameter that is not in one of them has a gradient of zero."""
-        names, zero = sorted({**one, **two}), torch.zeros(())
-        squares = [float((one.get(n, zero) - two.get(n, zero)).double().square().sum()) for n in names]
-        return {name: math.sqrt(square) for name, square in zip(names, self._subject.add_up(squares), strict=True)}
-
-    def _length(self, gradients: Gradients) -> float:
-        return math.hypot(*self._lengths(gradients).values())
+    def _lengths(self, one: Gradients, two: Gradients = MappingProxyType({})) -> list[dict[str, float]]:
+        """Return the lengths of ``one``, of ``two`` and of ``one - two``, in which a parameter may be missing: zero."""
+        names = sorted({*one, *two})
+        squares = [square for n in names for square in squared_lengths(one.get(n), two.get(n))]
+        lengths = list(map(math.sqrt, self._subject.add_up(squares)))
+        return [dict(zip(names, lengths[k::3], strict=True)) for k in range(3)]
 
     def _alike(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Return the means over all processes of what differs by rounding at most."""
@@ -284,13 +292,8 @@ _OUR_FAULT = (
 )
 
 
-def _merged(releases: Sequence[Gradients]) -> dict[str, Tensor]:
-    """Return what several releases are made of as one, with a number where they share a parameter."""
-    merged: dict[str, Tensor] = {}
-    for k, gradients in enumerate(releases):
-        # By its number alone: a book leaves out parameters that it has no gradient of, and autograd's has zeros there.
-        merged |= {f"{name} (release {k + 1})" if k else name: g for name, g in gradients.items()}
-    return merged
+def _length(lengths: Mapping[str, float]) -> float:
+    return math.hypot(*lengths.values())
 
 
 def _some(names: Sequence[str]) -> str:

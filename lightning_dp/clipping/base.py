@@ -91,7 +91,7 @@ class NormClipping(Clipping):
         Returns:
             Factors, shape ``[B]``, 0 where the norm is not finite.
         """
-        return torch.where(norm.isfinite(), self._factor(norm), torch.zeros_like(norm))
+        return torch.where(norm < math.inf, self._factor(norm), 0.0)  # of nan that is false, too
 
     @abstractmethod
     def _factor(self, norm: Tensor) -> Tensor:

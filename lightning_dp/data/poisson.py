@@ -167,7 +167,8 @@ class PoissonLoader:
         is as far as from one success to the next in independent trials. So a draw takes time for those drawn, not for
         all N.
         """
-        num_units, last, drawn = self.units.num_units, -1, list[NDArray[np.int64]]()
+        num_units, last = self.units.num_units, -1
+        drawn: list[NDArray[np.int64]] = []
         random = random or self._random
         expected, log_of_rest = num_units * sample_rate, math.log1p(-sample_rate) if sample_rate < 1 else -math.inf
         while last < num_units:

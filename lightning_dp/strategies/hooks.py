@@ -286,7 +286,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
         if not self._module.automatic_optimization or not isinstance(keeping, BookKeeping) or keeping.in_parts:
             # Optimizers may have stepped before a refusal; and only together can processes look at sharded parameters.
             return self._recorded(keeping, batch, run_step)
-        attempt = Attempt(prepared.tree)
+        attempt = Attempt(prepared.tree, prepared.draws_elsewhere)
         try:
             return self._recorded(keeping, batch, run_step)
         except NotObserved:

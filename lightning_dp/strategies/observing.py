@@ -44,7 +44,7 @@ class Observer:
         self._module, self._loader, self._trial, self._mean_loss = module, loader, trial, mean_loss
         self._index: dict[str, int] = {}
         self._written: set[str] = set()
-        self._draws_elsewhere = False
+        self.draws_elsewhere = False
         self.num_checked = 0
 
     def rehearse(self, trial: ManualTrial) -> tuple[list[Optimizer], set[Optimizer]]:
@@ -108,7 +108,7 @@ class Observer:
             self._choose_samples()
         rows = self._loader.units.examples_per_unit
         varied = len(self._index) > 1
-        keeping.observe(self._loss, varied=varied, rows=rows, draws_elsewhere=self._draws_elsewhere)
+        keeping.observe(self._loss, varied=varied, rows=rows, draws_elsewhere=self.draws_elsewhere)
 
     def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
         self.look(keeping)
@@ -156,7 +156,7 @@ class Observer:
             with undisturbed(self._module) as written:
                 batch, before = self.batch("aa"), RandomState.of_all()
                 loss = self._trial.loss(batch)
-                self._draws_elsewhere |= before.differs_elsewhere_from(RandomState.of_all())
+                self.draws_elsewhere |= before.differs_elsewhere_from(RandomState.of_all())
             self._written |= written.names
             if loss is None or bool(loss.isfinite()):
                 found.append(index)

@@ -41,6 +41,7 @@ class Prepared:
         public: The optimizers whose gradients do not depend on the training data.
         trained: The parameters that are trained privately, by name.
         tree: The user's module.
+        draws_elsewhere: Whether its training step draws random numbers by Python or NumPy.
     """
 
     keeping: Keeping
@@ -48,6 +49,7 @@ class Prepared:
     public: Set[Optimizer]
     trained: Parameters
     tree: Tree
+    draws_elsewhere: bool
     _facts: list[Any] = field(default_factory=list)
 
     def holds_for(self, module: pl.LightningModule) -> bool:
@@ -114,7 +116,7 @@ def prepare(
     if isinstance(keeping, BookKeeping) and isinstance(found.trial, ManualTrial):
         return _prepare_manual(module, run, keeping, found, found.trial)
     stepping = AutomaticStepping(keeping, run.private_step(found.trained), run.book)
-    return Prepared(keeping, stepping, frozenset(), found.trained, Tree(module))
+    return Prepared(keeping, stepping, frozenset(), found.trained, Tree(module), found.observer.draws_elsewhere)
 
 
 def _keeping_of(module: pl.LightningModule, run: PrivateRun, found: Found) -> Keeping:
@@ -194,7 +196,7 @@ def _prepare_manual(
     _announce(module.trainer.optimizers, found.public)
     public = checks.named_groups(module, found.public)
     stepping = ManualStepping(keeping, run.private_step(found.trained), run.book, trial.groups, releases, public)
-    return Prepared(keeping, stepping, found.public, found.trained, Tree(module))
+    return Prepared(keeping, stepping, found.public, found.trained, Tree(module), found.observer.draws_elsewhere)
 
 
 def _checked_parameters(

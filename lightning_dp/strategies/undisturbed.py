@@ -176,15 +176,18 @@ class Attempt:
 
     Args:
         tree: The user's module.
+        draws_elsewhere: Whether training steps were seen to draw by Python or NumPy, whose states take long to read.
     """
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, draws_elsewhere: bool = True) -> None:
         tree.look()
         self._tree, self._attributes, self._versions = tree, Attributes(tree.others), _versions(tree)
-        self._random = RandomState.of_all()
+        self._random = RandomState.of_all() if draws_elsewhere else RandomState.now()
 
     def undo(self) -> None:
         """Put back attributes and random numbers.
+
+        What only a new branch draws by Python or NumPy, it will draw anew: it is no other draw than the first.
 
         Raises:
             UnsupportedModelError: If more was written, which would be written twice.

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import weakref
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -463,6 +464,27 @@ def test_a_step_that_is_run_again_begins_where_it_began():
     assert module.took == [4, 8]
 
 
+@pytest.mark.parametrize(
+    ("draw", "sequence"), [(np.random.rand, np.random.RandomState(5).rand), (random.random, random.Random(5).random)]
+)
+def test_a_step_that_is_run_again_draws_the_same_by_python_and_numpy(draw, sequence):
+    class Draws(Regression):
+        def __init__(self):
+            super().__init__()
+            self.other, self.drawn = nn.Linear(3, 2), []
+
+        def training_step(self, batch, batch_idx):
+            self.drawn.append(draw())
+            return F.mse_loss((self.other if self.global_step > 1 else self.net)(batch[0]), batch[1])
+
+    module = Draws()
+    random.seed(5)
+    np.random.seed(5)
+    fit_steps(module, 4)
+    assert len(module.drawn) > 4
+    assert module.drawn == [sequence() for _ in module.drawn]
+
+
 def test_a_late_branch_after_a_write_into_a_buffer():
     class Writes(Regression):
         def __init__(self):
@@ -514,6 +536,23 @@ def fit_steps(module, steps):
     dp = ldp.DPStrategy(noise_multiplier=1.0, max_physical_batch_size=2)
     trainer(dp, max_steps=steps).fit(module, loader())
     return dp
+
+
+def test_about_one_gradient_of_the_whole_model_is_held_at_a_time(monkeypatch):
+    held, most = {}, [0]
+
+    def hold(self, name, whole):
+        key = len(most)
+        held[key] = whole.numel()
+        weakref.finalize(whole, held.pop, key)
+        most.append(sum(held.values()))
+        return whole
+
+    monkeypatch.setattr(ldp.bookkeeping.BookKeeping, "hold", hold)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    fit(Regression(net))
+    sizes = [p.numel() for p in net.parameters()]
+    assert sum(sizes) <= max(most) <= sum(sizes) + 2 * max(sizes)
 
 
 def test_it_can_be_switched_off():
