@@ -19,11 +19,11 @@ from lightning_dp.accounting import Accountant
 from lightning_dp.clipping import Clipping
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import checks
-from lightning_dp.strategies.hooks import PrivateHooks
+from lightning_dp.strategies.ending import EndingTogether
 from lightning_dp.strategies.settings import PrivacySettings
 
 
-class PrivateStrategy(PrivateHooks):
+class PrivateStrategy(EndingTogether):
     """To be mixed into a strategy of Lightning, before it: the arguments are those of `DPStrategy`."""
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 import lightning_dp as ldp
 from lightning_dp.noise import SharedRandom
 from tests.models import Regression, loader, trainer
-from tests.processes import fits
+from tests.processes import fits, signals
 from tests.processes.world import run
 
 
@@ -53,3 +53,14 @@ def test_one_device_is_enough_whatever_started_the_process(environment):
         made = trainer(dp, max_steps=2, devices=1)
         made.fit(Regression(), loader(n=10))
     assert (dp.world_size, dp.global_rank, dp.num_releases) == (1, 0, 2)
+
+
+def test_tensors_of_all_types_are_told_and_means_of_16_bits_have_place_for_their_sums():
+    (first, mean), second = run(2, signals.of_all_types)
+    assert second == (first, mean)
+    zero_to_five = [[0, 3], [1, 4], [2, 5]]
+    for dtype in signals.TYPES:
+        assert first[str(dtype)] == ([[0, 1], [1, 1], [1, 1]] if dtype == torch.bool else zero_to_five)
+    assert first["scalar"] == 1
+    assert mean == torch.tensor(signals.LARGE).half()
+    assert (2 * torch.tensor(signals.LARGE).half()).isinf()
