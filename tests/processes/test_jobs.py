@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,21 +42,31 @@ if __name__ == "__main__":
     print(f"RESULT {dp.num_releases} {fit.global_step}")
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-MINUTE = 60
+LONG = 300  # seconds; the process group would wait for 30 minutes
 
 
 class Job:
     """A script that trains without end, or so many steps more than were made, in a folder of its own."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self.started = folder, []
         (folder / "script.py").write_text(SCRIPT)
 
     def start(self, command=(sys.executable,), way="", steps=1_000_000, **environment):
         root = str(Path(__file__).parents[2])
         environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environment}
         arguments = [*command, str(self.folder / "script.py"), str(self.folder), str(steps), way]
-        return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            arguments, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.started.append(process)
+        return process
+
+    def end(self):
+        """Leave nothing running, whatever has failed; torchrun's processes are in sessions of their own."""
+        for process in self.started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
 
     def start_tasks(self, job, **settings):
         """Start what `srun --ntasks-per-node=2` starts, where `scontrol` only notes what it is told."""
@@ -81,13 +92,13 @@ class Job:
 
     def result(self, process):
         """What the script has printed: releases and steps."""
-        told, _ = process.communicate(timeout=2 * MINUTE)
+        told, _ = process.communicate(timeout=LONG)
         assert process.returncode == 0
         return [tuple(map(int, line.split()[1:])) for line in told.splitlines() if line.startswith("RESULT")]
 
 
 def _until(condition):
-    until = time.monotonic() + 2 * MINUTE
+    until = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -95,7 +106,9 @@ def _until(condition):
 
 @pytest.fixture
 def job(tmp_path):
-    return Job(tmp_path)
+    made = Job(tmp_path)
+    yield made
+    made.end()
 
 
 @pytest.mark.slow
@@ -106,7 +119,7 @@ def test_a_process_that_is_told_to_end_ends_all_and_the_next_run_counts_every_st
     pids = job.pids()
     for rank in ranks:
         os.kill(pids[rank], signal.SIGTERM)
-    assert job.result(process) == []  # long before the process group gives up waiting
+    assert job.result(process) == []
     made = job.made()
     assert job.made(1) == made
     last = int(next(job.folder.glob("step=*.ckpt")).stem.removeprefix("step="))

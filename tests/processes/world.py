@@ -5,6 +5,7 @@ Lightning takes them for processes that something else has started, as torchrun 
 
 import multiprocessing as mp
 import os
+import re
 import socket
 import sys
 import traceback
@@ -71,6 +72,14 @@ def ended(size, function, *args, timeout=300):
         return world.outcomes(timeout)
     finally:
         world.end()
+
+
+def assert_errors(everywhere, expected):
+    """Assert that every process has met the errors that these patterns describe, by name."""
+    for errors in everywhere:
+        assert errors.keys() == expected.keys()
+        for name, error in errors.items():
+            assert re.search(expected[name], error), f"{name}: {error}"
 
 
 def _start_server(context):
