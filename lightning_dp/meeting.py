@@ -26,7 +26,7 @@ _TAGS = 2**24
 _FAILED = _TAGS
 """What a process does that does nothing any more."""
 
-_PATIENCE = 10.0
+_PATIENCE = 5.0
 """Seconds that a process with an error waits for the others to hear of it."""
 
 _TEXT = 400

@@ -31,6 +31,7 @@ from lightning_dp.processes import Processes
 from lightning_dp.quantile_bound import QuantileBound
 from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
+from lightning_dp.strategies.between import check_settings
 from lightning_dp.strategies.fit_plan import FitPlan
 from lightning_dp.strategies.history import History
 from lightning_dp.strategies.mixing import Mixing
@@ -164,7 +165,9 @@ class PrivateRun:
         self._check_known()
         user = self._user = self.processes.together(lambda: check_dataloader(dataloader))
         units = self._units = self.processes.together(lambda: units_of(user.dataset))
-        self._check_alike(trainer)
+        check_settings(self.processes, self.settings, user, units, trainer)
+        if self.bound is not None:  # a checkpoint may be an older one on some disk
+            self.bound.load_state_dict(self.processes.broadcast(self.bound.state_dict()))
         self._history.begin_fit()
         module, optimizers = trainer.lightning_module, len(trainer.strategy.optimizers)
         manual = not module.automatic_optimization
@@ -187,26 +190,6 @@ class PrivateRun:
             processes=self.processes,
         )
         return self.loader
-
-    def _check_alike(self, trainer: pl.Trainer) -> None:
-        """Raise in all processes if they are not about to do the same, which would otherwise end in waiting."""
-        user, units = self._user, self._units
-        assert user is not None, "the dataloader comes first"
-        self.processes.check_alike(
-            {
-                **self.settings.facts(),
-                "the size of the training data": (len(user.dataset), units.num_units, units.unit),  # type: ignore[arg-type]
-                "the rows of a unit": (units.examples_per_unit, units.views),
-                "the partition of the training data": units.partition,
-                "batch_size of the train dataloader": user.batch_size,
-                "the length of the train dataloader": len(user),
-                "the planned number of steps": (planned_steps(trainer, len(user)), next_step(trainer)),
-                "the number of optimizers": len(trainer.strategy.optimizers),
-                "automatic_optimization": trainer.lightning_module.automatic_optimization,
-            }
-        )
-        if self.bound is not None:  # a checkpoint may be an older one on some disk
-            self.bound.load_state_dict(self.processes.broadcast(self.bound.state_dict()))
 
     def settle(
         self,

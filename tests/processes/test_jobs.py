@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes.world import free_port
+
 SCRIPT = """
 import os, signal, sys, time, torch
 from pathlib import Path
@@ -56,17 +58,20 @@ class Job:
         root = str(Path(__file__).parents[2])
         environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environment}
         arguments = [*command, str(self.folder / "script.py"), str(self.folder), str(steps), way]
-        process = subprocess.Popen(
-            arguments, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
+        with open(self._told(len(self.started)), "wb") as told:
+            process = subprocess.Popen(arguments, env=environment, stdout=told, start_new_session=True)
         self.started.append(process)
         return process
 
+    def _told(self, k):
+        return self.folder / f"told-{k}"
+
     def end(self):
-        """Leave nothing running, whatever has failed; torchrun's processes are in sessions of their own."""
+        """Leave nothing running, whatever has failed; torchrun ends its processes, which have sessions of their own."""
         for process in self.started:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
+            process.wait(LONG)
 
     def start_tasks(self, job, **settings):
         """Start what `srun --ntasks-per-node=2` starts, where `scontrol` only notes what it is told."""
@@ -75,10 +80,12 @@ class Job:
         scontrol.chmod(0o755)
         common = {"NTASKS": 2, "NTASKS_PER_NODE": 2, "NNODES": 1, "NODEID": 0, "JOB_ID": job, "JOB_NAME": "train"}
         common = {"NODELIST": "127.0.0.1", **common}
-        path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
+        path, port = f"{self.folder}{os.pathsep}{os.environ['PATH']}", str(free_port())
+        tasks = []
         for rank in range(2):
             task = {f"SLURM_{name}": str(value) for name, value in {**common, "PROCID": rank, "LOCALID": rank}.items()}
-            yield self.start(PATH=path, **task, **settings)
+            tasks.append(self.start(PATH=path, MASTER_PORT=port, **task, **settings))
+        return tasks
 
     def pids(self):
         """Those of both processes, once they are training."""
@@ -92,8 +99,8 @@ class Job:
 
     def result(self, process):
         """What the script has printed: releases and steps."""
-        told, _ = process.communicate(timeout=LONG)
-        assert process.returncode == 0
+        assert process.wait(LONG) == 0
+        told = self._told(self.started.index(process)).read_text()
         return [tuple(map(int, line.split()[1:])) for line in told.splitlines() if line.startswith("RESULT")]
 
 
@@ -130,7 +137,7 @@ def test_a_process_that_is_told_to_end_ends_all_and_the_next_run_counts_every_st
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(1,), (0, 1)])
 def test_a_requeue_by_slurm_saves_the_same_step_of_all_and_forgets_nothing(ranks, job):
-    tasks = list(job.start_tasks(1234))
+    tasks = job.start_tasks(1234)
     job.pids()
     for rank in ranks:
         tasks[rank].send_signal(signal.SIGUSR1)

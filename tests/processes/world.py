@@ -26,7 +26,7 @@ class World:
     def __init__(self, size, function, *args):
         context = mp.get_context("forkserver")
         _start_server(context)
-        port, here = _free_port(), os.getcwd()
+        port, here = free_port(), os.getcwd()
         self._pipes, self.processes = [], []
         for rank in range(size):
             receiver, sender = context.Pipe(duplex=False)
@@ -96,7 +96,7 @@ def _start_server(context):
             os.environ["PYTHONPATH"] = before
 
 
-def _free_port():
+def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
