@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
@@ -12,14 +11,10 @@ from lightning_dp.strategies.signals import HeldSignals
 from tests.processes import fits, signals
 from tests.processes.world import run
 
-MINUTE = 60
-
 
 @pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
 def test_all_processes_end_after_the_same_release_whoever_has_got_the_signal(ranks, tmp_path):
-    began = time.monotonic()
-    found = run(2, signals.ended, str(tmp_path), ranks, timeout=2 * MINUTE)
-    assert time.monotonic() - began < MINUTE
+    found = run(2, signals.ended, str(tmp_path), ranks)
     steps = signals.STEP + 1  # that in which it came
     assert found == [("ended", steps, steps, True)] * 2
     ((noise, rate, count),) = signals.resumed(str(tmp_path))
