@@ -13,8 +13,7 @@ import pickle
 import random
 import secrets
 import socket
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -25,20 +24,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
+from lightning_dp.buckets import add_up
 from lightning_dp.errors import PrivacyConfigurationError, PrivacyError
+from lightning_dp.meeting import Meeting
 from lightning_dp.noise import SecretRandom, SharedRandom
-
-_BUCKET = 2**22
-"""Elements that are added up at once: small tensors are packed up to this, larger ones go without a copy."""
-
-_TAGS = 2**24
-"""Numbers below this are exact in float32."""
-
-_OTHER_STEPS = (
-    "the processes do not make the same steps: a training step, a batch, an optimizer's step or the end of an epoch "
-    "has come in some of them only, or in another order. What is skipped, or ends an epoch, must not depend on the "
-    "rank or on the samples."
-)
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -125,6 +114,26 @@ class Processes:
     def seed_alike(self) -> None:
         """Let the generators of torch, Python and NumPy draw the same in all processes."""
 
+    def meet(self, what: str) -> None:
+        """Wait for the other processes, and hear what they have noted.
+
+        Args:
+            what: Says where they are, which must be the same place.
+
+        Raises:
+            PrivacyError: If it is not; if one of them has failed.
+        """
+
+    def note(self, number: int) -> None:
+        """Let all processes hear of a positive number, when they next tell each other anything."""
+
+    def heard(self) -> list[int]:
+        """Return the numbers that any process had noted, each once: the same ones in all processes."""
+        return []
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others of an error that ends this process alone, so that they do not wait for it."""
+
 
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
@@ -158,7 +167,7 @@ class ProcessGroup(Processes):
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._device = device
+        self._device, self._meeting = device, Meeting(self.rank, self.size, device)
 
     @property
     def num_here(self) -> int:
@@ -167,14 +176,14 @@ class ProcessGroup(Processes):
 
     def broadcast(self, value: T) -> T:
         """Tell all processes the value of the first one."""
-        self._meet("broadcast")
+        self._meeting.check("broadcast")
         told = [value if self.is_first else None]
         dist.broadcast_object_list(told, 0)
         return value if self.is_first else cast(T, told[0])
 
     def gather(self, value: T) -> list[T]:
         """Tell all processes the values of all; tensors in them come on the CPU."""
-        self._meet("gather")
+        self._meeting.check("gather")
         told: list[Any] = [None] * self.size
         dist.all_gather_object(told, tree_map_only(Tensor, Tensor.cpu, value))
         return told
@@ -206,45 +215,30 @@ class ProcessGroup(Processes):
 
     def add_up(self, tensors: Iterable[Tensor], what: str = "") -> None:
         """Add up in buckets of bounded size."""
-        self._meet(f"add up {what}")
-        for bucket in _buckets(tensors):
-            _add_up(bucket, self._device)
+        self._meeting.check(f"add up {what}")
+        add_up(tensors, self._device)
 
     def check_weights(self, weights: Iterable[Tensor]) -> None:
         """Compare sums of their bits: a unit's gradient must not depend on the process that it comes to."""
         sums = [_bits(weight) for weight in weights]
         told = str(torch.stack([one.to(self._device) for one in sums]).tolist()) if sums else ""
-        self._meet(
+        self._meeting.check(
+            "compare weights",
             told,
             "the weights are no longer the same in all processes: something else than the released gradients has "
             "changed them, or the learning rate, in some of them. Log what a scheduler follows with sync_dist=True, "
             "change weights on all ranks alike, and train on devices of one kind.",
         )
 
-    def _meet(self, what: str, otherwise: str = _OTHER_STEPS) -> None:
-        """Check that all processes are about to do the same.
-
-        A sum of steps that are not the same one would have two draws in it, and a collective in the place of another
-        would wait without end. So each begins with this one, of a number for each process: its own says what it does.
-        """
-        mine = zlib.crc32(what.encode()) % _TAGS
-        numbers = torch.zeros(self.size, device=self._device)
-        numbers[self.rank] = mine
-        dist.all_reduce(numbers)
-        if any(number != mine for number in numbers.tolist()):
-            raise PrivacyError(otherwise)
-
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up those that some process has, and divide."""
         every = list(parameters)
         used = set().union(*self.gather({k for k, p in enumerate(every) if p.grad is not None}))
-        gradients = []
-        for p in (every[k] for k in sorted(used)):
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
-            gradients.append(p.grad)
-        self.add_up(gradients)
-        for gradient in gradients:
-            gradient.div_(self.size)
+        having = [every[k] for k in sorted(used)]
+        sums = [_wide(torch.zeros_like(p) if p.grad is None else p.grad) for p in having]
+        self.add_up(sums)
+        for p, total in zip(having, sums, strict=True):
+            p.grad = total.div_(self.size).to(p.dtype)
 
     def share(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over every tensor of the first process, as ordinary data-parallel training does."""
@@ -252,7 +246,7 @@ class ProcessGroup(Processes):
         self.check_alike({"the module": [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]})
         for tensor in tensors.values():
             value = tensor.detach().to(self._device).contiguous()
-            dist.broadcast(value, 0)
+            dist.broadcast(value.view(-1).view(torch.uint8), 0)  # not every backend knows every type
             tensor.detach().copy_(value)
 
     def common_random(self, own: SecretRandom) -> Callable[[int], SharedRandom]:
@@ -267,6 +261,22 @@ class ProcessGroup(Processes):
         random.seed(seed)
         np.random.seed(seed)
 
+    def meet(self, what: str) -> None:
+        """Exchange some numbers."""
+        self._meeting.check(what)
+
+    def note(self, number: int) -> None:
+        """Keep it until then."""
+        self._meeting.note(number)
+
+    def heard(self) -> list[int]:
+        """Return what the last meeting has told."""
+        return self._meeting.heard()
+
+    def fail(self, error: BaseException) -> None:
+        """Wait for them some seconds."""
+        self._meeting.fail(error)
+
 
 def processes_of(size: int, device: torch.device) -> Processes:
     """Return the processes that train together.
@@ -278,30 +288,9 @@ def processes_of(size: int, device: torch.device) -> Processes:
     return Processes() if size == 1 else ProcessGroup(device)
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors of one dtype and device, either packed up to the size of a bucket, or one large one alone."""
-    packed: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        kind = tensor.dtype, tensor.device
-        bucket = packed.setdefault(kind, [])
-        if tensor.numel() >= _BUCKET:
-            yield [tensor]
-            continue
-        if sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET:
-            yield packed.pop(kind)
-            bucket = packed.setdefault(kind, [])
-        bucket.append(tensor)
-    yield from filter(None, packed.values())
-
-
-def _add_up(bucket: list[Tensor], device: torch.device) -> None:
-    """Add up the tensors of a bucket in place, in one collective."""
-    one = bucket[0].view(-1) if len(bucket) == 1 else torch.cat([t.view(-1) for t in bucket])
-    flat = one.to(device)
-    dist.all_reduce(flat)
-    if len(bucket) > 1 or flat is not one:
-        for tensor, value in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-            tensor.view(-1).copy_(value)
+def _wide(gradient: Tensor) -> Tensor:
+    """Return a gradient in which sums are not rounded to 16 bits."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).contiguous()
 
 
 def _bits(t: Tensor) -> Tensor:

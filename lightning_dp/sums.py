@@ -5,6 +5,8 @@ each other (``processes``).
 
 On W processes each adds noise of ``1 / sqrt(W)`` of the standard deviation to its own sum, from a generator of its own;
 then the sums are added up. The variance of W such noises is that of one, and no process has to have all of it.
+They are added up after the backward pass, even of layers that are clipped on their own: beginning inside it was tried,
+and gained nothing but on a slow network (``examples/benchmarks/results.md``).
 """
 
 from __future__ import annotations

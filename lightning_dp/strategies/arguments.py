@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
@@ -19,11 +20,22 @@ from lightning_dp.accounting import Accountant
 from lightning_dp.clipping import Clipping
 from lightning_dp.schedule import Stage
 from lightning_dp.strategies import checks
-from lightning_dp.strategies.hooks import PrivateHooks
+from lightning_dp.strategies.ending import EndingTogether
 from lightning_dp.strategies.settings import PrivacySettings
 
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
-class PrivateStrategy(PrivateHooks):
+
+@dataclass(frozen=True)
+class Starting:
+    """How processes are started, and talk: arguments of Lightning's strategies, explained at `DPStrategy`."""
+
+    process_group_backend: str | None
+    timeout: timedelta | None
+    start_method: StartMethod
+
+
+class PrivateStrategy(EndingTogether):
     """To be mixed into a strategy of Lightning, before it: the arguments are those of `DPStrategy`."""
 
     def __init__(
@@ -44,9 +56,9 @@ class PrivateStrategy(PrivateHooks):
         private_statistics: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        start_method: StartMethod = "popen",
     ) -> None:
-        self._begin_processes(process_group_backend, timeout, start_method)
+        self._begin_processes(Starting(process_group_backend, timeout, start_method))
         settings = PrivacySettings(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
@@ -65,12 +77,7 @@ class PrivateStrategy(PrivateHooks):
         self._begin_run(settings)
 
     @abstractmethod
-    def _begin_processes(
-        self,
-        process_group_backend: str | None,
-        timeout: timedelta | None,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"],
-    ) -> None:
+    def _begin_processes(self, starting: Starting) -> None:
         """Construct the strategy of Lightning."""
 
     @abstractmethod

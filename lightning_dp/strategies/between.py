@@ -1,7 +1,7 @@
-"""What processes that train together must have in common, beyond their settings: the data, and the model.
+"""What processes that train together must have in common: the settings, the data, and the model.
 
-Owns: comparing them before the first step. Does not own: the comparison of settings (``run``) or of weights later on
-(``sums``), nor what processes tell each other (``processes``).
+Owns: comparing them before the first step. Does not own: the comparison of weights later on (``sums``), nor what
+processes tell each other (``processes``).
 
 Units go to processes by their place in a draw, so that without one of them those after it go to other processes. A
 gradient must therefore depend neither on the process that finds it nor on the samples of the others.
@@ -13,17 +13,21 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from lightning_dp.bookkeeping import Keeping
 from lightning_dp.bookkeeping.random_state import RandomState
-from lightning_dp.data import PoissonLoader
+from lightning_dp.data import PoissonLoader, Units
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.processes import Processes
 from lightning_dp.strategies.observing import Observer
+from lightning_dp.strategies.planning import next_step, planned_steps
+from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.undisturbed import drawing_alike
 
 _COMPARED = 32
@@ -33,6 +37,36 @@ _TOLERANCE = 1e-2
 """Of a norm: equal samples on equal devices differ by rounding only."""
 
 Norms = Sequence[Mapping[str, float]]
+
+
+def check_settings(
+    processes: Processes, settings: PrivacySettings, user: DataLoader[object], units: Units, trainer: pl.Trainer
+) -> None:
+    """Compare what processes are about to do, which would otherwise end in waiting.
+
+    Args:
+        processes: Of which this is one.
+        settings: Its arguments.
+        user: Its train dataloader.
+        units: What the dataset is made of.
+        trainer: Gives the number of steps.
+
+    Raises:
+        PrivacyConfigurationError: If they differ; in all of them.
+    """
+    processes.check_alike(
+        {
+            **settings.facts(),
+            "the size of the training data": (len(user.dataset), units.num_units, units.unit),  # type: ignore[arg-type]
+            "the rows of a unit": (units.examples_per_unit, units.views),
+            "the partition of the training data": units.partition,
+            "batch_size of the train dataloader": user.batch_size,
+            "the length of the train dataloader": len(user),
+            "the planned number of steps": (planned_steps(trainer, len(user)), next_step(trainer)),
+            "the number of optimizers": len(trainer.strategy.optimizers),
+            "automatic_optimization": trainer.lightning_module.automatic_optimization,
+        }
+    )
 
 
 def check_data(processes: Processes, loader: PoissonLoader) -> None:

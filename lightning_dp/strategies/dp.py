@@ -6,15 +6,14 @@ Owns: what Lightning must not do: make a process group for one process, wrap the
 
 from __future__ import annotations
 
-from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_dp.strategies import checks
-from lightning_dp.strategies.arguments import PrivateStrategy
+from lightning_dp.strategies.arguments import PrivateStrategy, Starting
 from lightning_dp.strategies.launching import PrivateLauncher
 
 
@@ -79,14 +78,12 @@ class DPStrategy(PrivateStrategy, DDPStrategy):
 
     strategy_name = "dp"
 
-    def _begin_processes(
-        self,
-        process_group_backend: str | None,
-        timeout: timedelta | None,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"],
-    ) -> None:
+    def _begin_processes(self, starting: Starting) -> None:
         DDPStrategy.__init__(
-            self, process_group_backend=process_group_backend, timeout=timeout, start_method=start_method
+            self,
+            process_group_backend=starting.process_group_backend,
+            timeout=starting.timeout,
+            start_method=starting.start_method,
         )
 
     # ---- setup: one process needs neither launcher nor process group -------------------------------------------
@@ -136,5 +133,8 @@ class DPStrategy(PrivateStrategy, DDPStrategy):
         self._run.processes.share({**dict(model.named_parameters()), **dict(model.named_buffers())})
         return model
 
+
+# The command line explains the arguments of other private strategies by those of the constructor that they inherit.
+PrivateStrategy.__init__.__doc__ = DPStrategy.__doc__
 
 StrategyRegistry.register(DPStrategy.strategy_name, DPStrategy, description="Differentially private training")

@@ -7,8 +7,7 @@ steps (``hooks``), gathered parameters (``bookkeeping.sharded``) or sums in shar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -19,7 +18,7 @@ from lightning_dp.bookkeeping.held import reshard
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.shards import ShardOf
 from lightning_dp.strategies import checks
-from lightning_dp.strategies.arguments import PrivateStrategy
+from lightning_dp.strategies.arguments import PrivateStrategy, Starting
 from lightning_dp.strategies.preparing import Prepared
 from lightning_dp.strategies.public_steps import PublicSteps
 
@@ -60,22 +59,17 @@ class DPFSDPStrategy(PrivateStrategy, ModelParallelStrategy):
         super().__init__(**arguments)
         _check_settings(self._run.settings.clipping_engine, self._run.settings.max_physical_batch_size)
 
-    def _begin_processes(
-        self,
-        process_group_backend: str | None,
-        timeout: timedelta | None,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"],
-    ) -> None:
-        if start_method != "popen":
+    def _begin_processes(self, starting: Starting) -> None:
+        if starting.start_method != "popen":
             raise PrivacyConfigurationError(
-                f"start_method={start_method!r}: expected 'popen'. Lightning starts the processes of sharded models by "
-                "running the script once more for each; or start them by torchrun or SLURM."
+                f"start_method={starting.start_method!r}: expected 'popen'. Lightning starts the processes of sharded "
+                "models by running the script once more for each; or start them by torchrun or SLURM."
             )
         ModelParallelStrategy.__init__(
             self,
             save_distributed_checkpoint=self._saves_shards,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
+            process_group_backend=starting.process_group_backend,
+            timeout=starting.timeout,
         )
 
     def successor(self: S, **changes: Any) -> S:

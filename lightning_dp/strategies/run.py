@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Journal, Ledger, RDPFilter, Release, greatest_epsilon, journal_places
+from lightning_dp.accounting import Ledger, RDPFilter, Release, greatest_epsilon
 from lightning_dp.accounting.delta import delta_for
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.clipping import AdaptiveClipping, Clipping
@@ -31,7 +31,9 @@ from lightning_dp.processes import Processes
 from lightning_dp.quantile_bound import QuantileBound
 from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
+from lightning_dp.strategies.between import check_settings
 from lightning_dp.strategies.fit_plan import FitPlan
+from lightning_dp.strategies.history import History
 from lightning_dp.strategies.mixing import Mixing
 from lightning_dp.strategies.planning import next_step, planned_steps
 from lightning_dp.strategies.record import check_selected, earlier_record, plain_record, record_of
@@ -53,7 +55,7 @@ class PrivateRun:
     """
 
     def __init__(self, settings: PrivacySettings) -> None:
-        self.settings, self.ledger = settings, Ledger()
+        self.settings, self._history = settings, History()
         self.processes = Processes()
         self.is_lost = False  # whether processes that went on with it have ended without telling what they released
         self.loader: PoissonLoader | None = None
@@ -61,13 +63,7 @@ class PrivateRun:
         self._units: Units = ExampleUnits(0)
         self._schedule: Schedule | None = None
         self._budget: PrivacyBudget | None = None
-        self._terms: Terms | None = None
-        # The terms under which something was released, by partition, the latest last; and how much had been when the
-        # present terms were settled.
-        self._agreed: dict[str | None, Terms] = {}
-        self._released_before = 0
         self._releases_per_draw = 1
-        self._journal = Journal()
         self.training: TrainingRecord | None = None
         self._noise, self._sampling = SecretRandom(), SecretRandom()
         self.statistics = PrivateStatistics() if settings.private_statistics else None
@@ -82,8 +78,12 @@ class PrivateRun:
         All keep the same ledger and book alike. The first one decides upon noise and budget, and writes the journal.
         """
         self.processes = processes
-        self.ledger.continue_as(processes.broadcast(self.ledger.own_segment))
-        self._merge_histories()
+        self._history.join(processes)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Everything that was released."""
+        return self._history.ledger
 
     def __getstate__(self) -> dict[str, Any]:
         """Go into another process without what is of this one: the dataloaders and the other processes."""
@@ -101,11 +101,6 @@ class PrivateRun:
                 "Checkpoints and the journal beside them know: go on from the last one by fit(ckpt_path=...), with "
                 "another DPStrategy."
             )
-
-    def _merge_histories(self) -> None:
-        """Count what any of the processes knows of: each may have read journals that others do not see."""
-        for history in self.processes.gather(self.ledger.state_dict()):
-            self.ledger.merge(history)
 
     @property
     def budget(self) -> PrivacyBudget:
@@ -170,8 +165,10 @@ class PrivateRun:
         self._check_known()
         user = self._user = self.processes.together(lambda: check_dataloader(dataloader))
         units = self._units = self.processes.together(lambda: units_of(user.dataset))
-        self._check_alike(trainer)
-        self._agreed, self._released_before = self._agreed_by_now, self.ledger.num_releases
+        check_settings(self.processes, self.settings, user, units, trainer)
+        if self.bound is not None:  # a checkpoint may be an older one on some disk
+            self.bound.load_state_dict(self.processes.broadcast(self.bound.state_dict()))
+        self._history.begin_fit()
         module, optimizers = trainer.lightning_module, len(trainer.strategy.optimizers)
         manual = not module.automatic_optimization
         known = self._releases_per_draw if manual else 1  # a resumed fit may have nothing left for as many
@@ -193,26 +190,6 @@ class PrivateRun:
             processes=self.processes,
         )
         return self.loader
-
-    def _check_alike(self, trainer: pl.Trainer) -> None:
-        """Raise in all processes if they are not about to do the same, which would otherwise end in waiting."""
-        user, units = self._user, self._units
-        assert user is not None, "the dataloader comes first"
-        self.processes.check_alike(
-            {
-                **self.settings.facts(),
-                "the size of the training data": (len(user.dataset), units.num_units, units.unit),  # type: ignore[arg-type]
-                "the rows of a unit": (units.examples_per_unit, units.views),
-                "the partition of the training data": units.partition,
-                "batch_size of the train dataloader": user.batch_size,
-                "the length of the train dataloader": len(user),
-                "the planned number of steps": (planned_steps(trainer, len(user)), next_step(trainer)),
-                "the number of optimizers": len(trainer.strategy.optimizers),
-                "automatic_optimization": trainer.lightning_module.automatic_optimization,
-            }
-        )
-        if self.bound is not None:  # a checkpoint may be an older one on some disk
-            self.bound.load_state_dict(self.processes.broadcast(self.bound.state_dict()))
 
     def settle(
         self,
@@ -242,33 +219,33 @@ class PrivateRun:
         planning = FitPlan(
             settings=settings,
             terms=terms,
-            agreed=self._agreed,
+            agreed=self._history.agreed,
             ledger=self.ledger,
             step=step,
             planned_steps=planned,
             releases_per_draw=releases_per_draw,
         )
         self._schedule, budget = self.processes.decide(lambda: self._settled(planning))
-        self._budget = budget.keep_in(self.ledger, self._journal)
+        self._budget = budget.keep_in(self.ledger, self._history.journal)
         for mechanism in self._schedule.mechanisms:
             mechanism.check()
-        self._terms = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
+        self._history.settled = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
         self._releases_per_draw = releases_per_draw
         if announce:
             self._announce(self._schedule.base, self._budget)
 
     def _settled(self, planning: FitPlan) -> tuple[Schedule, PrivacyBudget]:
         accountant = self.settings.accountant_for(planning.terms.delta)
-        schedule, budget = planning.settled(accountant, self._journal)
+        schedule, budget = planning.settled(accountant, self._history.journal)
         trusted = budget.trusted_accountant()
-        return (schedule, budget) if trusted is accountant else planning.settled(trusted, self._journal)
+        return (schedule, budget) if trusted is accountant else planning.settled(trusted, self._history.journal)
 
     def _present_terms(self, sample_rate: float) -> Terms:
         delta = self.settings.delta(self._units)
         if self.settings.target_delta is None:  # a default one must suit every dataset that was released from
             # Of what only a journal tells there are no terms.
             others = [delta_for(None, release.num_units) for release in self.ledger.counts if release.num_units]
-            delta = min([delta, *others, *(agreed.delta for agreed in self._agreed.values())])
+            delta = min([delta, *others, *(agreed.delta for agreed in self._history.agreed.values())])
         accountant = self.settings.accountant_for(delta)
         return Terms(
             num_units=self._units.num_units,
@@ -281,14 +258,6 @@ class PrivateRun:
             filter_target=self.settings.target_epsilon if accountant.adaptive else None,
             filter_order=accountant.order if isinstance(accountant, RDPFilter) else None,
         )
-
-    @property
-    def _agreed_by_now(self) -> dict[str | None, Terms]:
-        """The terms under which something was released by now."""
-        if self._terms is None or self.ledger.num_releases == self._released_before:
-            return self._agreed
-        others = {name: terms for name, terms in self._agreed.items() if name != self._terms.partition}
-        return {**others, self._terms.partition: self._terms}
 
     def mechanism_of(self, drawn: Drawn) -> Mechanism:
         """Return the mechanism by which a logical batch is to be released.
@@ -331,7 +300,7 @@ class PrivateRun:
                 f"target_epsilon={target:g}: with it, epsilon is {epsilon:.4g} at delta {delta:g}. Use more noise for "
                 "it, or a larger target_epsilon."
             )
-        self._journal.reserve(self.ledger, release, block=1)
+        self._history.journal.reserve(self.ledger, release, block=1)
         self.ledger.book(release)
 
     def _announce(self, mechanism: Mechanism, budget: PrivacyBudget) -> None:
@@ -362,17 +331,8 @@ class PrivateRun:
 
     def put_into(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Put the ledger into a checkpoint that is about to be saved, and where its journal will be."""
-        terms = dict(self._agreed_by_now)
-        if self._terms is not None:  # a crash may part the releases that follow from the next checkpoint
-            terms[self._terms.partition] = self._terms
-        state = {
-            "version": 2,
-            "ledger": self.ledger.state_dict(),
-            "terms": [agreed.state_dict() for agreed in terms.values()],
-            "directory": str(path.parent.absolute()),
-        }
         bound = {} if self.bound is None else {"bound": self.bound.state_dict()}
-        checkpoint[_CHECKPOINT_KEY] = {**state, **bound, **plain_record(self)}
+        checkpoint[_CHECKPOINT_KEY] = {"version": 2, **self._history.state(path), **bound, **plain_record(self)}
 
     def record(self) -> Record | None:
         """Return the facts about this run, for reports; ``None`` before it has seen its training data."""
@@ -381,48 +341,32 @@ class PrivateRun:
     def keep_journal_beside(self, path: Path) -> None:
         """Keep the journal beside a checkpoint that was saved, if that is a local directory."""
         if self.processes.is_first and path.parent.is_dir():
-            self._journal.add_directory(path.parent)
+            self._history.journal.add_directory(path.parent)
 
     def resume(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         """Count every release that a checkpoint and the journals beside it know of."""
         self.processes.together(lambda: self._read(checkpoint, path))
-        self._merge_histories()
-        self._released_before = self.ledger.num_releases
+        self._history.went_on(self.processes)
         self.keep_journal_beside(path)  # whoever resumes from there again must find what this run releases
 
     def _read(self, checkpoint: Mapping[str, Any], path: Path) -> None:
-        self._agreed = dict(self._agreed_by_now)  # also of a fit of this process that the checkpoint knows nothing of
-        if _CHECKPOINT_KEY in checkpoint:
-            earlier = earlier_record(checkpoint[_CHECKPOINT_KEY])
+        state = checkpoint.get(_CHECKPOINT_KEY)
+        if state is not None:
+            earlier = earlier_record(state)
             check_selected(earlier, self.settings.resolved_accountant())
-            self.ledger.merge(checkpoint[_CHECKPOINT_KEY]["ledger"])
             self.training = self.training or (earlier.training if earlier else None)
             self.public_mix = self.public_mix or (earlier.public_mix if earlier else "")
             self._releases_per_draw = earlier.mechanism.releases_per_draw if earlier else 1
-            if self.bound is not None and "bound" in checkpoint[_CHECKPOINT_KEY]:
-                self.bound.load_state_dict(checkpoint[_CHECKPOINT_KEY]["bound"])
+            if self.bound is not None and "bound" in state:
+                self.bound.load_state_dict(state["bound"])
         elif checkpoint.get("global_step"):
             _log.warning("%s holds no record of releases: what its training spent is not in this run's epsilon.", path)
-        beside, *others = journal_places(path, checkpoint.get(_CHECKPOINT_KEY, {}))
-        self._journal.read(beside, self.ledger, *others)
-        released_from = {release.partition for release in self.ledger.counts}
-        for terms in map(Terms.from_state, checkpoint.get(_CHECKPOINT_KEY, {}).get("terms", [])):
-            if terms.partition in released_from:
-                self._agreed.pop(terms.partition, None)  # the latest last
-                self._agreed[terms.partition] = terms
+        self._history.read(state, path)
 
     def keep_in(self, directory: Path, history: Mapping[str, Any] | None) -> None:
-        """Keep the journal in a directory from now on, and count what was released there before.
-
-        Args:
-            directory: An existing local directory.
-            history: The state of an earlier process's ledger, whose journal may be there; ``None`` if there was none.
-        """
-        if history is not None:
-            self.ledger.merge(history)
-            self._journal.read(directory, self.ledger)
-        self._journal.add_directory(directory)
+        """Keep the journal in a directory from now on, and count what was released there before: see `History`."""
+        self._history.keep_in(directory, history)
 
     def close(self) -> None:
         """Leave the exact number of releases on disk."""
-        self._journal.close(self.ledger)
+        self._history.close()

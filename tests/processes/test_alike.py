@@ -1,6 +1,5 @@
 """Processes that part without any setting telling so: an error in all of them, before or at the release."""
 
-import re
 from unittest import mock
 
 import pytest
@@ -9,8 +8,8 @@ import torch
 import lightning_dp as ldp
 from lightning_dp.noise import SharedRandom
 from tests.models import Regression, loader, trainer
-from tests.processes import fits
-from tests.processes.world import run
+from tests.processes import fits, signals
+from tests.processes.world import assert_errors, run
 
 
 def test_data_and_models_that_differ_are_an_error_in_all_processes():
@@ -24,10 +23,7 @@ def test_data_and_models_that_differ_are_an_error_in_all_processes():
         "order of optimizers": "UnsupportedModelError: the gradient of one sample is not the same in all processes",
         "nothing": "no error",
     }
-    for errors in run(2, fits.parted):
-        assert errors.keys() == expected.keys()
-        for name, error in errors.items():
-            assert re.search(expected[name], error), f"{name}: {error}"
+    assert_errors(run(2, fits.parted), expected)
 
 
 def test_a_process_that_looks_at_a_batch_by_itself_does_not_part_from_the_others():
@@ -53,3 +49,14 @@ def test_one_device_is_enough_whatever_started_the_process(environment):
         made = trainer(dp, max_steps=2, devices=1)
         made.fit(Regression(), loader(n=10))
     assert (dp.world_size, dp.global_rank, dp.num_releases) == (1, 0, 2)
+
+
+def test_tensors_of_all_types_are_told_and_means_of_16_bits_have_place_for_their_sums():
+    (first, mean), second = run(2, signals.of_all_types)
+    assert second == (first, mean)
+    zero_to_five = [[0, 3], [1, 4], [2, 5]]
+    for dtype in signals.TYPES:
+        assert first[str(dtype)] == ([[0, 1], [1, 1], [1, 1]] if dtype == torch.bool else zero_to_five)
+    assert first["scalar"] == 1
+    assert mean == torch.tensor(signals.LARGE).half()
+    assert (2 * torch.tensor(signals.LARGE).half()).isinf()

@@ -1,6 +1,8 @@
 """How processes are started: by Lightning in every way, and by torchrun."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -109,3 +111,13 @@ def test_the_command_line_takes_the_arguments_of_processes(monkeypatch):
     assert strategy._timeout == timedelta(minutes=10)
     assert strategy.process_group_backend == "gloo"
     assert isinstance(strategy.launcher, PrivateLauncher)
+
+
+@pytest.mark.parametrize("strategy", ["DPStrategy", "DPFSDPStrategy"])
+def test_the_command_line_explains_the_arguments_of_every_strategy(strategy, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning-dp"])
+    with pytest.raises(SystemExit):
+        DPLightningCLI(args=["fit", f"--trainer.strategy.help=lightning_dp.{strategy}"])
+    told = " ".join(capsys.readouterr().out.split()).split("Help for ")[1]
+    for name in inspect.signature(ldp.DPStrategy.__init__).parameters.keys() - {"self"}:
+        assert re.search(rf"strategy\.{name} \S+ (?!\(type: )", told), name

@@ -5,6 +5,7 @@ Lightning takes them for processes that something else has started, as torchrun 
 
 import multiprocessing as mp
 import os
+import re
 import socket
 import sys
 import traceback
@@ -25,7 +26,7 @@ class World:
     def __init__(self, size, function, *args):
         context = mp.get_context("forkserver")
         _start_server(context)
-        port, here = _free_port(), os.getcwd()
+        port, here = free_port(), os.getcwd()
         self._pipes, self.processes = [], []
         for rank in range(size):
             receiver, sender = context.Pipe(duplex=False)
@@ -73,6 +74,14 @@ def ended(size, function, *args, timeout=300):
         world.end()
 
 
+def assert_errors(everywhere, expected):
+    """Assert that every process has met the errors that these patterns describe, by name."""
+    for errors in everywhere:
+        assert errors.keys() == expected.keys()
+        for name, error in errors.items():
+            assert re.search(expected[name], error), f"{name}: {error}"
+
+
 def _start_server(context):
     """Start the process that all others are forked from; it does not look for modules where this one does."""
     before = os.environ.get("PYTHONPATH")
@@ -87,7 +96,7 @@ def _start_server(context):
             os.environ["PYTHONPATH"] = before
 
 
-def _free_port():
+def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
