@@ -137,10 +137,13 @@ class _Check:
     def _check_neighbours(self) -> None:
         """Compare what samples contribute when the first one is another, and when the second one is."""
         alike, unlike = self._check_first()
-        # A sample that stands ahead of all others may have taken part of their gradients, which no other shows.
-        self._check_beside(EqualDraws, "a{}b", 0, alike)
         self._check_beside(self._subject.evaluating, "{}ab", 1, unlike)
-        self._check_beside(self._subject.evaluating, "a{}b", 0, unlike)
+        for drawing, others in ((EqualDraws, alike), (self._subject.evaluating, unlike)):
+            # A sample ahead of all others may have taken part of their gradients, which no other shows; only the last
+            # of a batch may reach them; and the maximum of a batch moves only with the sample that has it.
+            self._check_beside(drawing, "a{}b", 0, others)
+            self._check_beside(drawing, "aa{}", 0, others)
+            self._check_beside(drawing, "{0}{0}b", 2, others)
 
     def _check_first(self) -> tuple[str, str]:
         """Compare what the second sample contributes; return which others draw the same as the first, and which not.

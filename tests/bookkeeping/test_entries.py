@@ -152,3 +152,11 @@ def test_sums_of_products_whose_positions_lie_closest_together(samples: int, dty
     total = before.clone()
     assert entry.weighted_sum(weight, total) is total
     torch.testing.assert_close(total.double(), before.double() + expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (8, 1), (10, 100)])
+def test_the_norm_of_one_position_survives_factors_whose_squares_do_not(inputs, outputs):
+    """The square of 1e-23 is zero in float32, and that of 1e20 infinite; the product of the two lengths is neither."""
+    a, g = torch.full((2, 1, inputs), 1e20), torch.full((2, 1, outputs), 1e-23)
+    exact = (g.double().mT @ a.double()).square().sum((1, 2))
+    torch.testing.assert_close(Outer(a, g).norm_sq().double(), exact, rtol=1e-5, atol=0)

@@ -640,3 +640,40 @@ def test_mixing_that_python_or_numpy_decide_now_and_then_is_found(draw):
     np.random.set_state(before[1])
     with pytest.raises(UNSUPPORTED, match="influence each other|no exact per-sample gradient"):
         fit(Mixing())
+
+
+# ---- a sample that reaches only some of the others ---------------------------------------------------------------
+
+
+class Reaching(nn.Module):
+    """Features in which some samples reach others."""
+
+    def __init__(self, reach):
+        super().__init__()
+        self.reach = reach
+
+    def forward(self, h):
+        return self.reach(h)
+
+
+def from_the_last(h):
+    return torch.cat([h[:1] + 0.1 * h[-1:], h[1:]])
+
+
+def from_the_last_unseen(h):
+    return torch.cat([h[:1] + 0.1 * h[-1:].detach(), h[1:]])
+
+
+def by_the_largest(h):
+    return h / h.detach().abs().amax()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("reach", [from_the_last, from_the_last_unseen, by_the_largest])
+def test_a_sample_that_reaches_only_some_others_is_refused(reach, seed):
+    def module(reach):
+        return Regression(nn.Sequential(nn.Linear(3, 4), Reaching(reach), nn.Linear(4, 2)))
+
+    with pytest.raises(UNSUPPORTED, match=r"a sample changes what|neighbour in the batch|for another sample"):
+        fit(module(reach), loader(n=40, seed=seed))
+    fit(module(lambda h: h), loader(n=40, seed=seed))
