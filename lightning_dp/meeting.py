@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 import zlib
 from contextlib import suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -42,14 +43,19 @@ OTHER_STEPS = (
 class Meeting:
     """What this process tells the others, and has heard of them.
 
+    It has a process group of its own: the meeting of a process that has failed must never be taken for another
+    collective, which would then end with a sum that is none.
+
     Args:
-        rank: Of this process.
-        size: The number of processes.
         device: Where collectives take place.
+        timeout: How long to wait for other processes; ``None`` for the default of the backend.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self._rank, self._size, self._device = rank, size, device
+    def __init__(self, device: torch.device, timeout: timedelta | None = None) -> None:
+        self._rank, self._size, self._device = dist.get_rank(), dist.get_world_size(), device
+        group = dist.new_group(timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup), "this process is in it, as all are"
+        self._group = group
         self._notes: list[int] = []
         self._heard: list[int] = []
         self._is_over = False
@@ -67,7 +73,7 @@ class Meeting:
         """
         note = self._notes[0] if self._notes else 0
         numbers = self._numbers(_tag(what), _tag(equal), note)
-        dist.all_reduce(numbers)
+        dist.all_reduce(numbers, group=self._group)
         what_each, equal_each, notes = numbers.tolist()
         if _FAILED in what_each:
             self._raise(self._failures(None) or "it is not known how")
@@ -121,7 +127,7 @@ class Meeting:
 
     def _comes(self, numbers: Tensor) -> bool:
         """Add up over all processes, if they come in time."""
-        work, until = dist.all_reduce(numbers, async_op=True), time.monotonic() + _PATIENCE
+        work, until = dist.all_reduce(numbers, group=self._group, async_op=True), time.monotonic() + _PATIENCE
         assert work is not None, "it is asynchronous"
         while not work.is_completed():
             if time.monotonic() > until:

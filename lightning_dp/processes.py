@@ -15,6 +15,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -163,11 +164,12 @@ class ProcessGroup(Processes):
 
     Args:
         device: Of this process: where collectives take place.
+        timeout: How long to wait for other processes; ``None`` for the default of the backend.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, timeout: timedelta | None = None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._device, self._meeting = device, Meeting(self.rank, self.size, device)
+        self._device, self._meeting = device, Meeting(device, timeout)
 
     @property
     def num_here(self) -> int:
@@ -278,14 +280,15 @@ class ProcessGroup(Processes):
         self._meeting.fail(error)
 
 
-def processes_of(size: int, device: torch.device) -> Processes:
+def processes_of(size: int, device: torch.device, timeout: timedelta | None) -> Processes:
     """Return the processes that train together.
 
     Args:
         size: How many there are; their process group is there, if there are several.
         device: Of this one.
+        timeout: How long to wait for the others; ``None`` for the default of the backend.
     """
-    return Processes() if size == 1 else ProcessGroup(device)
+    return Processes() if size == 1 else ProcessGroup(device, timeout)
 
 
 def _wide(gradient: Tensor) -> Tensor:

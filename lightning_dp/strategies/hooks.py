@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +50,8 @@ stepping that ``put`` puts there."""
 
 class PrivateHooks(PrivacyStatus, ParallelStrategy):
     """To be mixed into a strategy of Lightning, before it; `_begin_run` comes with its construction."""
+
+    _timeout: timedelta | None  # of that strategy: how long to wait for other processes
 
     def _begin_run(self, settings: PrivacySettings) -> None:
         """Begin a run, with the checked arguments of the strategy."""
@@ -102,7 +105,7 @@ class PrivateHooks(PrivacyStatus, ParallelStrategy):
     def setup_environment(self) -> None:
         """Find the other processes."""
         super().setup_environment()
-        self._run.join(processes_of(self.world_size, self.root_device))
+        self._run.join(processes_of(self.world_size, self.root_device, self._timeout))
 
     def process_dataloader(self, dataloader: object) -> object:
         """Replace the train dataloader by one that draws Poisson samples, and settle the mechanism."""

@@ -25,6 +25,7 @@ class HeldSignals:
 
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
+        self._handled: set[int] = set()
         self._processes, self._pid = Processes(), 0
 
     def hold(self, processes: Processes) -> None:
@@ -42,11 +43,17 @@ class HeldSignals:
                 self._handlers[number] = handler
                 signal.signal(number, self._note)
 
-    def handle(self) -> None:
-        """Call the handlers of all signals that any process has received, if all have heard of it."""
-        for number in self._processes.heard():
-            if number in self._handlers:
+    def handle(self) -> bool:
+        """Call the handlers of all signals that any process has received, once in a fit; return whether there were any.
+
+        Whoever ends a job sends it to all processes, which may tell of it one after the other.
+        """
+        heard = self._processes.heard()
+        for number in heard:
+            if number in self._handlers and number not in self._handled:
+                self._handled.add(number)
                 self._handlers[number](number, None)
+        return bool(heard)
 
     def let_go(self) -> None:
         """Let Lightning handle them again as they come."""
@@ -54,6 +61,7 @@ class HeldSignals:
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
         self._handlers.clear()
+        self._handled.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:

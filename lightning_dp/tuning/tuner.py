@@ -57,7 +57,7 @@ def tune(
         space: Where settings are tried.
         small_epsilons: What one run of each stage before the final one has, rising, in nats. Default: 5 % and 20 % of
             the target.
-        num_runs: How many runs each of these stages has.
+        num_runs: How many runs each of these stages has; more than about ten need smaller ``small_epsilons``.
         seed: Of the settings that are tried. It says nothing about noise and sampling, which are always secret.
         directory: Of this search alone; a search that was interrupted goes on there, and what it has spent counts.
         trainer: Further arguments of every ``Trainer``.

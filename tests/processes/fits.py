@@ -3,12 +3,13 @@
 import math
 import os
 import signal
+import time
 from contextlib import contextmanager
 from unittest import mock
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -226,6 +227,25 @@ def broken(action, folder=None):
     )
     dp = ldp.DPStrategy(noise_multiplier=5.0, target_delta=1e-3)
     trainer(dp, max_steps=6, devices=2, **saving).fit(Breaking(action), data_of(20, 2))
+
+
+def broken_and_saved(action, folder):
+    """The same, with a callback that saves a state at the end of every process."""
+    dp = ldp.DPStrategy(noise_multiplier=5.0, target_delta=1e-3)
+    saving = OnExceptionCheckpoint(folder, filename="ended")
+    trainer(dp, max_steps=6, devices=2, callbacks=[saving]).fit(Breaking(action), data_of(20, 2))
+
+
+def summed_while_another_fails():
+    """What a process adds up while another one fails, by a sum that is not the library's: an error, or a result."""
+    trainer(ldp.DPStrategy(noise_multiplier=1.0), devices=2).validate(Regression(), loader(), verbose=False)
+    group, numbers = ProcessGroup(torch.device("cpu")), torch.ones(6)
+    if group.is_first:
+        group.fail(ValueError("something of the user's"))
+        return None
+    work = torch.distributed.all_reduce(numbers, async_op=True)
+    time.sleep(2)
+    return work.is_completed() and work.exception() is None
 
 
 class Apart(Regression):

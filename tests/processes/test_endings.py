@@ -42,6 +42,19 @@ def test_an_error_in_one_process_ends_the_others():
     assert first.startswith("PrivacyError: process 1 has failed with ValueError: something of the user's")
 
 
+def test_an_error_in_one_process_is_told_before_a_state_is_saved(tmp_path):
+    began = time.monotonic()
+    (_, first), (_, second) = ended(2, fits.broken_and_saved, fits.fail, str(tmp_path), timeout=2 * MINUTE)
+    assert time.monotonic() - began < MINUTE
+    assert second.startswith("ValueError: something of the user's")
+    assert first.startswith("PrivacyError: process 1 has failed with ValueError: something of the user's")
+    assert (tmp_path / "ended.ckpt").exists()
+
+
+def test_a_sum_is_never_made_with_what_a_process_tells_that_fails():
+    assert run(2, fits.summed_while_another_fails) == [None, False]
+
+
 def test_a_killed_process_ends_the_others_and_no_release_is_forgotten(tmp_path):
     world, began = World(2, fits.broken, fits.kill, str(tmp_path)), time.monotonic()
     try:

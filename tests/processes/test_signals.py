@@ -21,9 +21,9 @@ def test_all_processes_end_after_the_same_release_whoever_has_got_the_signal(ran
     assert (noise, rate, count) == (fits.RESUMED_NOISE, pytest.approx(4 / fits.RESUMED_N), 6)
 
 
-@pytest.mark.parametrize(("where", "steps"), [("start", 1), ("validation", signals.STEP + 1), ("end", 5)])
+@pytest.mark.parametrize(("where", "steps"), [("start", 1), ("validation", signals.STEP), ("end", 5)])
 def test_a_signal_between_releases_ends_all_processes(where, steps, tmp_path):
-    """After the release that follows, by which the others hear of it; or after the last one."""
+    """After the release that follows, by which the others hear of it; at the end of the validation, or of the fit."""
     assert run(2, signals.ended, str(tmp_path), (1,), where) == [("ended", steps, steps, True)] * 2
 
 
@@ -85,3 +85,15 @@ def test_a_handler_that_was_put_there_meanwhile_stays(called):
     signal.signal(signal.SIGUSR2, users)
     held.let_go()
     assert signal.getsignal(signal.SIGUSR2) == users
+
+
+def test_a_signal_that_all_processes_get_one_after_the_other_is_handled_once_in_a_fit(called):
+    held, processes = HeldSignals(), Several()
+    for fits_so_far in (1, 2):
+        held.hold(processes)
+        for _ in range(3):
+            signal.raise_signal(signal.SIGUSR2)
+            assert held.handle()
+        assert not held.handle()
+        held.let_go()
+        assert called == [signal.SIGUSR2] * fits_so_far
