@@ -21,7 +21,7 @@ import copy
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -149,9 +149,15 @@ class PoissonLoader:
         self._delivered = None
         return delivered, rest
 
-    def batch_of(self, units: list[int]) -> Any:
-        """Return a batch of these units, made by the user's ``collate_fn``."""
-        examples_of = {unit: self.units.examples_of([unit]) for unit in set(units)}
+    def batch_of(self, units: list[int], first: Sequence[int] = ()) -> Any:
+        """Return a batch of these units, made by the user's ``collate_fn``.
+
+        Args:
+            units: In their order; one may be there several times.
+            first: Units that are fetched before the others, in the batch or not, so that those that are random are the
+                same whatever else is in it.
+        """
+        examples_of = {unit: self.units.examples_of([unit]) for unit in dict.fromkeys([*first, *units])}
         fetched = {i: self._fetch(i) for examples in examples_of.values() for i in set(examples)}
         # Copies, as collating may change a sample.
         return self._collate([copy.deepcopy(fetched[i]) for unit in units for i in examples_of[unit]])

@@ -209,7 +209,8 @@ class Observer:
     def batch(self, samples: str) -> Any:
         """Return a batch of the chosen samples that a string names: ``"aab"`` is ``[a, a, b]``."""
         only = self._index["a"]  # a dataset of one sample has no b
-        return self._loader.batch_of([self._index.get(s, only) for s in samples])
+        first = [only, self._index.get("b", only)]
+        return self._loader.batch_of([self._index.get(s, only) for s in samples], first)
 
 
 def _tensors(batch: Any) -> list[Tensor]:
