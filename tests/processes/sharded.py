@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -18,6 +19,7 @@ from torch.func import functional_call
 
 import lightning_dp as ldp
 from tests.models import Regression, loader, trainer
+from tests.processes.fits import kill
 
 N = 12
 
@@ -124,14 +126,23 @@ class Watch(pl.Callback):
 
 
 def fit(
-    size, module=None, steps=2, expected=N, forced=(), dtype=torch.float64, strategy=None, ckpt_path=None, **settings
+    size,
+    module=None,
+    steps=2,
+    expected=N,
+    forced=(),
+    dtype=torch.float64,
+    strategy=None,
+    ckpt_path=None,
+    callbacks=(),
+    **settings,
 ):
     """Fit, with an expected batch of so many examples in all; return weights, draws and facts."""
     module = Sharded() if module is None else module
     dp = ldp.DPFSDPStrategy(**{"noise_multiplier": 0, "max_physical_batch_size": 2, **(strategy or {})})
     watch = Watch(dp, forced)
     data = loader(n=N, batch_size=expected // size, dtype=dtype)
-    made = trainer(dp, max_steps=steps, devices=size, callbacks=[watch], **settings)
+    made = trainer(dp, max_steps=steps, devices=size, callbacks=[watch, *callbacks], **settings)
     made.fit(module, data, ckpt_path=ckpt_path)
     found = {
         "start": as_lists(watch.start),
@@ -219,6 +230,47 @@ def checkpoints(size, directory, saves_shards, first_steps, steps):
     found["predicted"] = torch.cat(made.predict(module, data)).shape[0]
     found["is directory"] = path.is_dir()
     return found
+
+
+class Dying(Sharded):
+    """Is killed in one process: where the others gather what it holds, or where a step has been released."""
+
+    def __init__(self, moment, step=2):
+        super().__init__()
+        self.moment, self.step = moment, step
+
+    def _dies(self, moment):
+        return (moment, self.trainer.global_rank, self.trainer.global_step) == (self.moment, 1, self.step)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self._dies("before a step"):
+            kill()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self._dies("in a backward pass"):
+            loss.register_hook(lambda gradient: kill())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        if self._dies("in an optimizer's step"):
+            kill()
+
+
+def killed(moment, folder):
+    """A fit in which one of two processes is killed; the checkpoint is that after the second step."""
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2)
+    fit(2, Dying(moment), steps=6, strategy=dict(SPENT), forced=[list(range(N))] * 6, callbacks=[saving])
+
+
+def gone_on(folder):
+    """Go on from the checkpoint of the fit that was killed."""
+    (path,) = Path(folder).glob("*.ckpt")
+    found, _, _ = fit(1, Sharded(), steps=4, strategy=dict(SPENT), ckpt_path=str(path))
+    return path.name, found["releases"], found["epsilon"]
+
+
+SPENT = {"noise_multiplier": 5.0, "target_delta": 1e-3}
 
 
 class Manual(Sharded):

@@ -9,10 +9,11 @@ import pytest
 import lightning_dp as ldp
 from tests.accounting.oracles import pld_epsilon
 from tests.models import Regression, trainer
-from tests.processes import fits
+from tests.processes import fits, sharded
 from tests.processes.world import World, assert_errors, ended, run
 
 MINUTE = 60
+SLOW = pytest.mark.slow
 
 
 def test_differences_between_processes_are_an_error_in_all_of_them():
@@ -73,6 +74,25 @@ def test_a_killed_process_ends_the_others_and_no_release_is_forgotten(tmp_path):
     # Two steps were released, and a third was booked when the process was killed; then two more.
     assert dp.num_releases == 5
     assert dp.epsilon == pytest.approx(pld_epsilon([(0.2, 5.0, 5)], 1e-3), rel=0.02)
+
+
+@pytest.mark.skipif(not sharded.ON_CPU, reason="FSDP2 of torch 2.6 needs a GPU")
+@pytest.mark.parametrize(
+    ("moment", "released"),
+    [("before a step", 2), pytest.param("in a backward pass", 2, marks=SLOW), ("in an optimizer's step", 3)],
+)
+def test_a_killed_process_ends_the_others_that_hold_shards_with_it(moment, released, tmp_path):
+    world, began = World(2, sharded.killed, moment, str(tmp_path)), time.monotonic()
+    try:
+        (_, error), killed = world.outcomes(2 * MINUTE)
+    finally:
+        world.end()
+    assert time.monotonic() - began < MINUTE
+    assert killed is None
+    assert error is not None
+    ((path, releases, epsilon),) = run(1, sharded.gone_on, str(tmp_path))
+    assert (path, releases) == ("step=2.ckpt", released + 2)
+    assert epsilon == pytest.approx(pld_epsilon([(1.0, 5.0, released + 2)], 1e-3), rel=0.02)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
