@@ -24,11 +24,13 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_dp.bookkeeping.precision import accurate
 
 _REPEATS = 20
 """Many and short, so that one of them is likely to have the machine for itself."""
@@ -136,18 +138,33 @@ def rates_of(t: Tensor) -> Rates:
     return _measured(t.device, t.dtype, torch.get_num_threads())
 
 
+def measure(tensors: Iterable[Tensor]) -> None:
+    """Measure the devices of tensors now.
+
+    That takes more memory than many a model, for a moment: before a first pass it comes on top of nothing else.
+    """
+    for device, dtype in {(t.device, accurate(t.new_empty(0)).dtype) for t in tensors if t.device.type in _SIZES}:
+        rates_of(torch.empty(0, device=device, dtype=dtype))
+
+
 @functools.cache
 def _measured(device: torch.device, dtype: torch.dtype, num_threads: int) -> Rates:
     side, size, piece = _SIZES.get(device.type, _SIZES["cpu"])
-    square, long = torch.ones(side, side, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
+    square = torch.ones(side, side, device=device, dtype=dtype)
     products = side**3 / _shortest(lambda: square @ square, device)
-    # Piece by piece, each out of the memory and back: what comes next was pushed out of the cache long ago.
-    pieces = itertools.cycle(long.split(piece))
-    elements = 2 * piece / _shortest(lambda: next(pieces).mul_(1), device, repeats=size // piece)
+    elements, again = _moving(torch.ones(size, device=device, dtype=dtype), piece)
     # What an allocator has kept is not new to the system: of three tensors, one after the other, the fastest counts.
-    again, first = _filling(long, piece), min(_filling(torch.empty_like(long), piece) for _ in range(3))
+    first = min(_filling(torch.empty(size, device=device, dtype=dtype), piece) for _ in range(3))
     few = square[0, :1]
     return Rates(products, elements, _shortest(lambda: few * 2, device), max(0.0, first - again))
+
+
+def _moving(long: Tensor, piece: int) -> tuple[float, float]:
+    """Return the elements per second that are read or written, and the seconds that writing one takes."""
+    # Piece by piece, each out of the memory and back: what comes next was pushed out of the cache long ago.
+    pieces = itertools.cycle(long.split(piece))
+    repeats = long.numel() // piece
+    return 2 * piece / _shortest(lambda: next(pieces).mul_(1), long.device, repeats), _filling(long, piece)
 
 
 def _filling(t: Tensor, piece: int) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_dp.bookkeeping.base import Keeping
 from lightning_dp.bookkeeping.book import SPARE, Book
+from lightning_dp.bookkeeping.costs import measure
 from lightning_dp.bookkeeping.interception import (
     Anchor,
     Handler,
@@ -74,6 +75,7 @@ class BookKeeping(Keeping):
             rows: How many rows of a batch a sample is.
             draws_elsewhere: Whether it draws random numbers by Python or NumPy.
         """
+        measure(self._trained.values())
         self._layouts = observe(self._names, self._swap, forward, varied, draws_elsewhere)
         self._layouts.fix(rows)
 

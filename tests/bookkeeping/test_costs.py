@@ -84,6 +84,20 @@ def test_rates_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates_of(torch.ones(7, dtype=torch.float64)) == rates
 
 
+def test_a_device_is_measured_before_anything_else_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[object] = []
+    monkeypatch.setattr(costs, "_measured", lambda device, dtype, threads: order.append((device.type, dtype)))
+    model = nn.Linear(2, 1).bfloat16()
+
+    def forward(samples: str) -> torch.Tensor:
+        order.append(samples)
+        return model(torch.stack([torch.full((2,), float(ord(name))) for name in samples]).bfloat16()).sum()
+
+    BookKeeping(dict(model.named_parameters())).observe(forward)
+    assert order[0] == ("cpu", torch.float32)  # in which norms are found, whatever the model computes in
+    assert order.count(order[0]) == 1
+
+
 def test_the_fastest_way_is_tried_once_for_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds, tried = {"a": 2.0, "b": 1.0, "c": 3.0}, []
 
