@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_dp.bookkeeping.bundles import Bundle, bundles_of
 from lightning_dp.bookkeeping.entries import Dense, Entry, Kept
 from lightning_dp.bookkeeping.layout import Key
 from lightning_dp.bookkeeping.pairs import FEW, added, combined, inner
@@ -81,6 +82,8 @@ class Book:
     derived: list[tuple[Derived, Entry]] = field(default_factory=list)
     spare: int = SPARE
     """Elements that may still be held beyond what came back through the graph, for gradients that are materialised."""
+    _bundles: list[Bundle] = field(default_factory=list)
+    _of_bundles: list[Entry] = field(default_factory=list)
 
     def file(self, target: Target, entry: Entry) -> None:
         """Add an entry of a parameter or a derived tensor."""
@@ -141,10 +144,21 @@ class Book:
 
     def norm_sq(self) -> Tensor:
         """Return the squared norm of each sample's gradient over all parameters, shape ``[B]``."""
-        parts = list(self.norm_sq_by_parameter().values())
+        with without_autocast():
+            bundles = self._bundled()
+            inside = {name for bundle in bundles for name in bundle.shapes}
+            parts = [_norm_sq(entries) for name, entries in self.entries.items() if name not in inside]
+            parts += [bundle.norm_sq() for bundle in bundles]
         if not parts:
             return torch.zeros(self.num_samples)
         return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
+
+    def _bundled(self) -> Sequence[Bundle]:
+        """Return the bundles that the entries make, the same ones as long as no entry is added or taken."""
+        present = [entry for entries in self.entries.values() for entry in entries]
+        if present != self._of_bundles:
+            self._bundles, self._of_bundles = list(bundles_of(self.entries)), present
+        return self._bundles
 
     def norm_sq_by_parameter(self) -> dict[str, Tensor]:
         """Return the squared norm of each sample's gradient of every parameter that was used, each ``[B]``."""
@@ -182,6 +196,10 @@ class Book:
         keep = weight != 0
         drop = not bool(keep.all())
         with without_autocast():
+            for bundle in self._bundled() if names is None else ():
+                bundle.pour(weight, keep if drop else None, sums)
+                for name in bundle.shapes:
+                    del self.entries[name]
             for name in list(reversed(self.entries) if names is None else names):
                 for entry in self.entries.pop(name, ()):
                     part = entry.where(keep) if drop else entry

@@ -109,7 +109,7 @@ class Dense(Entry):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of ``g`` without its samples."""
-        return tuple(self.g.shape[1:])
+        return self.g.shape[1:]
 
     def dense(self) -> Tensor:
         """Return ``g``."""

@@ -69,18 +69,13 @@ class Operation:
                 return axis
         raise AssertionError("a rule asks for an argument of its function")
 
-    def split(self, argument: Tensor) -> Split | None:
-        """Return the split of an argument into samples, or ``None`` if it carries none."""
-        return self._splitter(self.axis(argument))
-
     def split_output(self, at: int = 0) -> Split:
         """Return the split of an output (and of its gradient) into samples."""
-        split = self._splitter(self.layout.outputs[at])
-        assert split is not None, "a rule is only asked where the output carries samples"
-        return split
-
-    def _splitter(self, axis: SampleAxis | None) -> Split | None:
-        if axis is None:
-            return None
-        num_samples = self.book.num_samples
+        axis, num_samples = self.layout.outputs[at], self.book.num_samples
+        assert axis is not None, "a rule is only asked where the output carries samples"
         return lambda t: axis.split(t, num_samples)
+
+    def positions(self, axis: SampleAxis, feature_dims: int) -> Split:
+        """Return what makes ``[B, T, *features]`` of a tensor with this sample axis."""
+        num_samples = self.book.num_samples
+        return lambda t: axis.positions(t, num_samples, feature_dims)

@@ -19,7 +19,7 @@ _NOTHING = nullcontext()
 
 def accurate(t: Tensor) -> Tensor:
     """Return ``t`` without its graph, in float32 if it is stored in 16 bits."""
-    t = t.detach()
+    t = t.detach() if t.requires_grad else t
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dp.bookkeeping.axes import merge_rows
 from lightning_dp.bookkeeping.operation import Operation, Recording
 from lightning_dp.bookkeeping.tables import Rows
 from lightning_dp.errors import UnsupportedModelError
@@ -71,13 +70,13 @@ def embedding(
     **_options: Any,
 ) -> Recording | None:
     """``weight[input]`` with integers ``input`` of any rank and weight ``[V, d]``."""
-    file, split, split_output = operation.filing(weight), operation.split(input), operation.split_output()
-    if file is None or split is None or operation.axis(input) != operation.layout.outputs[0]:
+    file, axis = operation.filing(weight), operation.axis(input)
+    if file is None or axis is None or axis != operation.layout.outputs[0]:
         return None
-    num_rows = weight.shape[0]
+    num_rows, of_index, of_rows = weight.shape[0], operation.positions(axis, 0), operation.positions(axis, 1)
 
     def record(g: Tensor, input: Tensor) -> None:
-        index, g = merge_rows(split(input), 0), merge_rows(split_output(g), 1)
+        index, g = of_index(input), of_rows(g)
         if padding_idx is not None:
             g = g * (index != padding_idx % num_rows)[..., None]
         file(Rows(index, g, num_rows))

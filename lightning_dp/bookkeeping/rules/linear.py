@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dp.bookkeeping.axes import merge_rows
 from lightning_dp.bookkeeping.entries import SUMMED, Dense
 from lightning_dp.bookkeeping.operation import File, Operation, Recording
 from lightning_dp.bookkeeping.products import Outer
@@ -34,18 +33,20 @@ def _product(
 ) -> Recording | None:
     """File the product of ``input`` with ``weight`` ``[p, d]``, or ``[d, p]`` if transposed."""
     file_weight, file_bias = operation.filing(weight), operation.filing(bias)
-    split, split_output = operation.split(input), operation.split_output()
-    axis, output_axis = operation.axis(input), operation.layout.outputs[0]
-    in_last = (axis is not None and axis.dim == input.dim() - 1) or operation.filing(input) is not None
-    if split is None or in_last or weight.dim() != 2 or axis != output_axis:
+    axis, file_input = operation.axis(input), operation.filing(input)
+    if axis is None or axis != operation.layout.outputs[0] or axis.dim == input.dim() - 1:
+        return None
+    if file_input is not None or weight.dim() != 2:
         return None
     if bias is not None and tuple(bias.shape) != (weight.shape[1 if transposed else 0],):
         return None  # a bias that is broadcast
 
+    positions = operation.positions(axis, 1)
+
     def record(g: Tensor, x: Tensor | None = None) -> None:
-        g = merge_rows(split_output(g), 1)
+        g = positions(g)
         if file_weight is not None and x is not None:
-            _file_outer(file_weight, merge_rows(split(x), 1), g, transposed)
+            _file_outer(file_weight, positions(x), g, transposed)
         if file_bias is not None:
             file_bias(Dense(g.sum(1), SUMMED))
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dp.bookkeeping.axes import merge_rows
 from lightning_dp.bookkeeping.entries import SUMMED, Dense
 from lightning_dp.bookkeeping.operation import Operation, Recording
 from lightning_dp.bookkeeping.precision import accurate
@@ -86,20 +85,6 @@ def _group_norm_sums(x: Tensor, g: Tensor, num_groups: int, eps: float) -> tuple
 def _over_last_axes(
     operation: Operation,
     input: Tensor,
-    num_axes: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalize: Callable[[Tensor], Tensor],
-) -> Recording | None:
-    axis = operation.axis(input)
-    if axis is None or axis.dim >= input.dim() - num_axes:
-        return None
-    return _affine(operation, input, num_axes, weight, bias, normalize)
-
-
-def _affine(
-    operation: Operation,
-    input: Tensor,
     feature_dims: int,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -107,18 +92,16 @@ def _affine(
 ) -> Recording | None:
     """File ``sum_t g * normalised`` for the weight and ``sum_t g`` for the bias."""
     file_weight, file_bias = operation.filing(weight), operation.filing(bias)
-    split = operation.split_output()
-    if operation.axis(input) != operation.layout.outputs[0]:
+    axis = operation.axis(input)
+    if axis is None or axis.dim >= input.dim() - feature_dims or axis != operation.layout.outputs[0]:
         return None
-
-    def per_sample(t: Tensor) -> Tensor:
-        return merge_rows(split(t), feature_dims).sum(1)
+    positions = operation.positions(axis, feature_dims)
 
     def record(g: Tensor, x: Tensor | None = None) -> None:
         g = accurate(g)
         if file_weight is not None and x is not None:
-            file_weight(Dense(per_sample(normalize(accurate(x)).mul_(g)), SUMMED))
+            file_weight(Dense(positions(normalize(accurate(x)).mul_(g)).sum(1), SUMMED))
         if file_bias is not None:
-            file_bias(Dense(per_sample(g), SUMMED))
+            file_bias(Dense(positions(g).sum(1), SUMMED))
 
     return record, [input] if file_weight is not None else []
