@@ -54,7 +54,7 @@ class SecretRandom:
         """
         by_device: dict[torch.device, list[Tensor]] = {}
         for total in totals:
-            by_device.setdefault(total.device, []).append(total.view(-1))
+            by_device.setdefault(total.device, []).append(total if total.dim() == 1 else total.view(-1))
         for device, flat in by_device.items():
             size = _CPU_PIECE if device.type == "cpu" else _PIECE
             pieces = (piece for t in flat for piece in (t.split(size) if t.numel() > size else (t,)))
@@ -143,8 +143,7 @@ def _add(batches: Iterable[list[Tensor]], std: float, divisor: float, draw: Call
     for pieces in batches:
         sizes = [piece.numel() for piece in pieces]
         noisy = draw(sum(sizes)).mul_(std).add_(pieces[0] if len(pieces) == 1 else torch.cat(pieces)).div_(divisor)
-        for piece, value in zip(pieces, noisy.split(sizes), strict=True):
-            piece.copy_(value)
+        torch._foreach_copy_(pieces, noisy.split(sizes))
 
 
 def _normal(generator: np.random.Generator, size: int) -> Tensor:

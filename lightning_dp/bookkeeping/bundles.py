@@ -46,7 +46,10 @@ class Bundle:
         """
         rows = self.rows if keep is None else masked(self.rows, keep)
         parts = (weight.to(rows) @ rows).split([shape.numel() for shape in self.shapes.values()])
-        found = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        found = {
+            name: part if len(shape) == 1 else part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
         before = [name for name in found if name in sums]
         if before:
             torch._foreach_add_([sums[name] for name in before], [found[name] for name in before])

@@ -19,13 +19,14 @@ _COPIES = {"clone", "contiguous", "to", "float", "double", "bfloat16", "type_as"
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """One call of a torch function, and how the recorder knows it."""
+    """One call of a torch function, what its leaves are to the book, and how the recorder knows it."""
 
     name: str
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: list[Any]
+    targets: list[Target | None]
     key: Key
 
 

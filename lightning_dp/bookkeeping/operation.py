@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +40,7 @@ class Operation:
         leaves: The leaves of both, in the order of ``layout.leaves``.
         layout: Where the samples lie.
         book: Where entries go.
-        target_of: Tells the target of a leaf, ``None`` for anything that is not trained.
+        targets: Of the leaves, in their order: ``None`` for what is not trained.
         plain: Returns the argument as an ordinary detached tensor, anything else unchanged.
         random_state: The state of the random number generators before the call, if the function draws from them.
     """
@@ -50,17 +51,16 @@ class Operation:
     leaves: list[Any]
     layout: Layout
     book: Book
-    target_of: Callable[[Any], Target | None]
+    targets: list[Target | None]
     plain: Callable[[Any], Any]
     random_state: RandomState | None = None
 
     def filing(self, argument: Any) -> File | None:
         """Return a function that files an entry of this argument, or ``None`` if the argument is not trained."""
-        target = self.target_of(argument)
-        if target is None:
-            return None
-        book = self.book
-        return lambda entry: book.file(target, entry)
+        for leaf, target in zip(self.leaves, self.targets, strict=True):
+            if leaf is argument and target is not None:
+                return partial(self.book.file, target)
+        return None
 
     def axis(self, argument: Tensor) -> SampleAxis | None:
         """Return the sample axis of an argument."""

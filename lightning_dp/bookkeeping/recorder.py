@@ -13,6 +13,7 @@ import functools
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,12 +98,12 @@ class Recorder:
             if func is torch.autograd.grad:
                 raise inner_gradient("a trained parameter")
             leaves = flat(args, kwargs)
-            targets = [self._target_of(leaf) for leaf in leaves]
-            found = [target for target in targets if target is not None]
+            targets = [self._target_of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+            found = [identity(target) for target in targets if target is not None]
             if not found or self._closed or reads_metadata(name, targets[0] is not None):
                 plain_args, plain_kwargs = map_leaves(self._plain, args, kwargs)
                 return func(*plain_args, **plain_kwargs)
-            call = Call(name, func, args, kwargs, leaves, key_of(name, map(identity, found)))
+            call = Call(name, func, args, kwargs, leaves, targets, key_of(name, found))
             layout = self._layout(call.key)
             if is_in_place(name) or kwargs.get("out") is not None:
                 return self._run_in_place(call, layout)
@@ -194,7 +195,7 @@ class Recorder:
             leaves=call.leaves,
             layout=layout,
             book=self.book,
-            target_of=self._target_of,
+            targets=call.targets,
             plain=self._plain,
             random_state=random_state,
         )
@@ -216,7 +217,7 @@ class Recorder:
         else:
             arguments = (first.clone(), *call.args[1:])
             leaves = [arguments[0], *call.leaves[1:]]
-            copied = Call(call.name, out_of_place(call.func), arguments, call.kwargs, leaves, call.key)
+            copied = replace(call, func=out_of_place(call.func), args=arguments, leaves=leaves)
             first.copy_(self._run(copied, layout))
         return None if call.name == "__setitem__" else first
 
@@ -258,17 +259,17 @@ class Recorder:
 
     def _roots_of(self, call: Call) -> dict[str, Tensor]:
         roots: dict[str, Tensor] = {}
-        for target in map(self._target_of, call.leaves):
+        for target in call.targets:
             if target is not None:
                 roots |= target.roots if isinstance(target, Derived) else {target: self._roots[target]}
         return roots
 
     def _wrap(self, call: Call, value: Tensor) -> Tensor:
-        targets = [target for target in map(self._target_of, call.leaves) if target is not None]
+        first = next(target for target in call.targets if target is not None)
         derived = Derived(value, self._roots_of(call), call.key)
         is_real = not (value.is_complex() or call.leaves[0].is_complex())
-        if is_real and self._target_of(call.leaves[0]) is targets[0] and (is_transposition(call) or is_copy(call)):
-            derived.source, derived.transposed = targets[0], is_transposition(call)
+        if is_real and call.targets[0] is first and (is_transposition(call) or is_copy(call)):
+            derived.source, derived.transposed = first, is_transposition(call)
         tensor = value.as_subclass(self._derived_class)
         tensor.derived, tensor.version = derived, tensor._version  # type: ignore[attr-defined]
         self._made.append(weakref.ref(tensor))
@@ -281,6 +282,8 @@ class Recorder:
         name = self._names.get(id(leaf))
         if name is not None:
             return name if leaf.requires_grad else None
+        if type(leaf) is Tensor:  # as nearly all that are no parameters: an attribute that is missing takes long
+            return None
         derived: Derived | None = getattr(leaf, "derived", None) if isinstance(leaf, Tensor) else None
         if derived is not None:
             if (self._closed or type(leaf) is not self._derived_class) and self._recording_now():
@@ -294,7 +297,9 @@ class Recorder:
         return intercepting(Tensor, self.dispatch)  # only if there is any: to make a class takes long
 
     def _only_parameters(self, call: Call) -> bool:
-        return not any(isinstance(leaf, Tensor) and self._target_of(leaf) is None for leaf in call.leaves)
+        return not any(
+            isinstance(leaf, Tensor) and target is None for leaf, target in zip(call.leaves, call.targets, strict=True)
+        )
 
     def _plain(self, leaf: Any) -> Any:
         # A parameter that is not swapped is trained by ordinary autograd, beside the book.

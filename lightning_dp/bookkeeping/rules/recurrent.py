@@ -145,7 +145,7 @@ def _axis(operation: Operation, input: Tensor, states: Sequence[Tensor], batch_f
 
 
 def _refused(operation: Operation, reason: str) -> Recording:
-    found = [target for target in map(operation.target_of, operation.leaves) if target is not None]
+    found = [target for target in operation.targets if target is not None]
     key = key_of(operation.func.__name__, map(identity, found))
     return refusal(key, replace(operation.layout, reason=reason)), []
 
