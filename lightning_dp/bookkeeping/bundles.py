@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import Dense, Entry, masked, norms_sq
+from lightning_dp.bookkeeping.entries import Dense, Entry, masked
 
 _SMALL = {"cpu": 2**16, "cuda": 2**18}
 """So many elements, of all samples, are copied in less time than the calls take that this saves."""
@@ -33,8 +33,8 @@ class Bundle:
     rows: Tensor
 
     def norm_sq(self) -> Tensor:
-        """Return the squared norms over all of them, ``[B]``."""
-        return norms_sq(self.rows)
+        """Return the squared norms over all of them, ``[B]``: found in 64 bits, since a row of them may be long."""
+        return torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64).square().to(self.rows.dtype)
 
     def pour(self, weight: Tensor, keep: Tensor | None, sums: MutableMapping[str, Tensor]) -> None:
         """Add ``sum_i weight[i] * G_i`` to the sums.
@@ -60,9 +60,13 @@ def bundles_of(entries: Mapping[str, Sequence[Entry]]) -> Iterator[Bundle]:
     """Yield the bundles that the entries of parameters make, those of one parameter being alone in none."""
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, (first, *others) in entries.items():
-        if not others and isinstance(first, Dense) and first.g.numel() <= _SMALL.get(first.g.device.type, 0):
+        if not others and isinstance(first, Dense) and _is_small(first.g):
             groups.setdefault((first.g.device, first.g.dtype), {})[name] = first.g
     for group in groups.values():
         if len(group) > 1:
-            rows = torch.cat([g.flatten(1) for g in group.values()], 1)
+            rows = torch.cat([g.reshape(g.shape[0], -1) for g in group.values()], 1)
             yield Bundle({name: g.shape[1:] for name, g in group.items()}, rows)
+
+
+def _is_small(g: Tensor) -> bool:
+    return g.is_floating_point() and g.numel() <= _SMALL.get(g.device.type, 0)

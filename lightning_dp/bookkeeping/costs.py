@@ -143,8 +143,8 @@ def measure(tensors: Iterable[Tensor]) -> None:
 
     That takes more memory than many a model, for a moment: before a first pass it comes on top of nothing else.
     """
-    for device, dtype in {(t.device, accurate(t.new_empty(0)).dtype) for t in tensors if t.device.type in _SIZES}:
-        rates_of(torch.empty(0, device=device, dtype=dtype))
+    for device, dtype in {(t.device, t.dtype) for t in tensors if t.device.type in _SIZES}:
+        rates_of(accurate(torch.empty(0, device=device, dtype=dtype)))
 
 
 @functools.cache

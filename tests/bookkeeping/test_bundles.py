@@ -75,14 +75,14 @@ def test_each_type_has_a_bundle_of_its_own_and_what_is_large_or_alone_has_none()
     small = {
         f"{dtype} {k}": torch.ones(2, 3, k + 1, dtype=dtype) for dtype in (torch.float32, torch.float64) for k in (0, 1)
     }
-    book = book_of(
-        *small.items(), ("large", torch.ones(2, 2**15 + 1)), ("alone", torch.ones(2, 1, dtype=torch.complex64))
-    )
+    complex_ones = {name: torch.ones(2, 1, dtype=torch.complex64) for name in ("one", "other")}
+    book = book_of(*small.items(), *complex_ones.items(), ("large", torch.ones(2, 2**15 + 1)))
     book.file("product", Outer(torch.ones(2, 4, 3), torch.ones(2, 4, 3)))
     book.file("twice", Dense(torch.ones(2, 1)))
     book.entries["twice"].append(Dense(torch.ones(2, 1)))
     found = [list(bundle.shapes) for bundle in bundles_of(book.entries)]
     assert found == [[name for name in small if str(dtype) in name] for dtype in (torch.float32, torch.float64)]
+    assert not list(bundles_of(book_of(("alone", torch.ones(2, 1)), ("other", torch.ones(2, 1).double())).entries))
 
 
 def test_a_sample_that_is_not_a_number_adds_exact_zeros() -> None:
