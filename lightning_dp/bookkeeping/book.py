@@ -83,7 +83,6 @@ class Book:
     spare: int = SPARE
     """Elements that may still be held beyond what came back through the graph, for gradients that are materialised."""
     _bundles: list[Bundle] = field(default_factory=list)
-    _of_bundles: list[Entry] = field(default_factory=list)
 
     def file(self, target: Target, entry: Entry) -> None:
         """Add an entry of a parameter or a derived tensor."""
@@ -146,18 +145,17 @@ class Book:
         """Return the squared norm of each sample's gradient over all parameters, shape ``[B]``."""
         with without_autocast():
             bundles = self._bundled()
-            inside = {name for bundle in bundles for name in bundle.shapes}
+            inside = {name for bundle in bundles for name in bundle.members}
             parts = [_norm_sq(entries) for name, entries in self.entries.items() if name not in inside]
             parts += [bundle.norm_sq() for bundle in bundles]
         if not parts:
             return torch.zeros(self.num_samples)
         return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
 
-    def _bundled(self) -> Sequence[Bundle]:
-        """Return the bundles that the entries make, the same ones as long as no entry is added or taken."""
-        present = [entry for entries in self.entries.values() for entry in entries]
-        if present != self._of_bundles:
-            self._bundles, self._of_bundles = list(bundles_of(self.entries)), present
+    def _bundled(self) -> list[Bundle]:
+        """Return the bundles that the entries make, the same ones for norms and sums."""
+        if not self._bundles or not all(bundle.is_in(self.entries) for bundle in self._bundles):
+            self._bundles = list(bundles_of(self.entries))
         return self._bundles
 
     def norm_sq_by_parameter(self) -> dict[str, Tensor]:
@@ -198,8 +196,9 @@ class Book:
         with without_autocast():
             for bundle in self._bundled() if names is None else ():
                 bundle.pour(weight, keep if drop else None, sums)
-                for name in bundle.shapes:
+                for name in bundle.members:
                     del self.entries[name]
+            self._bundles = []
             for name in list(reversed(self.entries) if names is None else names):
                 for entry in self.entries.pop(name, ()):
                     part = entry.where(keep) if drop else entry

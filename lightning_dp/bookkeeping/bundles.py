@@ -25,12 +25,16 @@ class Bundle:
     """The gradients of small parameters of one type on one device.
 
     Args:
-        shapes: Of the parameters, by name.
-        rows: The gradients ``[B, n_1 + n_2 + ...]``, in that order.
+        members: The only entry of each parameter, by name.
+        rows: Their gradients ``[B, n_1 + n_2 + ...]``, in that order.
     """
 
-    shapes: Mapping[str, torch.Size]
+    members: Mapping[str, Dense]
     rows: Tensor
+
+    def is_in(self, entries: Mapping[str, Sequence[Entry]]) -> bool:
+        """Whether its members are still the only entries of their parameters."""
+        return all(list(entries.get(name, ())) == [member] for name, member in self.members.items())
 
     def norm_sq(self) -> Tensor:
         """Return the squared norms over all of them, ``[B]``: found in 64 bits, since a row of them may be long."""
@@ -45,10 +49,10 @@ class Bundle:
             sums: By parameter, added to in place.
         """
         rows = self.rows if keep is None else masked(self.rows, keep)
-        parts = (weight.to(rows) @ rows).split([shape.numel() for shape in self.shapes.values()])
+        parts = (weight.to(rows) @ rows).split([entry.shape.numel() for entry in self.members.values()])
         found = {
-            name: part if len(shape) == 1 else part.view(shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+            name: part if entry.g.dim() == 2 else part.view(entry.shape)
+            for (name, entry), part in zip(self.members.items(), parts, strict=True)
         }
         before = [name for name in found if name in sums]
         if before:
@@ -58,14 +62,13 @@ class Bundle:
 
 def bundles_of(entries: Mapping[str, Sequence[Entry]]) -> Iterator[Bundle]:
     """Yield the bundles that the entries of parameters make, those of one parameter being alone in none."""
-    groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, Dense]] = {}
     for name, (first, *others) in entries.items():
         if not others and isinstance(first, Dense) and _is_small(first.g):
-            groups.setdefault((first.g.device, first.g.dtype), {})[name] = first.g
+            groups.setdefault((first.g.device, first.g.dtype), {})[name] = first
     for group in groups.values():
         if len(group) > 1:
-            rows = torch.cat([g.reshape(g.shape[0], -1) for g in group.values()], 1)
-            yield Bundle({name: g.shape[1:] for name, g in group.items()}, rows)
+            yield Bundle(group, torch.cat([entry.g.reshape(entry.num_samples, -1) for entry in group.values()], 1))
 
 
 def _is_small(g: Tensor) -> bool:

@@ -107,7 +107,7 @@ class Dense(Entry):
         return self._method
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> torch.Size:
         """The shape of ``g`` without its samples."""
         return self.g.shape[1:]
 

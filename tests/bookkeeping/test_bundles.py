@@ -1,6 +1,7 @@
 """Small parameters side by side: norms and sums against a loop over the samples, one by one in float64."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_norms_and_sums_are_those_of_a_loop() -> None:
     model, x = network(), torch.randn(B, 4, generator=torch.Generator().manual_seed(1))
     book, gradients = booked(model, x), by_hand(model, x)
     (bundle,) = bundles_of(book.entries)
-    assert {name for name in bundle.shapes if "bias" in name} == {f"{k}.bias" for k in (0, 1, 3, 4, 5)}
+    assert {name for name in bundle.members if "bias" in name} == {f"{k}.bias" for k in (0, 1, 3, 4, 5)}
     norm_sq = torch.stack([torch.stack([g.square().sum() for g in one.values()]).sum() for one in gradients])
     torch.testing.assert_close(book.norm_sq().double(), norm_sq, rtol=1e-5, atol=0)
     weight = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.25])
@@ -80,7 +81,7 @@ def test_each_type_has_a_bundle_of_its_own_and_what_is_large_or_alone_has_none()
     book.file("product", Outer(torch.ones(2, 4, 3), torch.ones(2, 4, 3)))
     book.file("twice", Dense(torch.ones(2, 1)))
     book.entries["twice"].append(Dense(torch.ones(2, 1)))
-    found = [list(bundle.shapes) for bundle in bundles_of(book.entries)]
+    found = [list(bundle.members) for bundle in bundles_of(book.entries)]
     assert found == [[name for name in small if str(dtype) in name] for dtype in (torch.float32, torch.float64)]
     assert not list(bundles_of(book_of(("alone", torch.ones(2, 1)), ("other", torch.ones(2, 1).double())).entries))
 
@@ -108,6 +109,16 @@ def test_what_is_filed_or_taken_after_the_norms_counts() -> None:
     assert {name: total.tolist() for name, total in sums.items()} == {
         "a": [11.0] * 3, "b": [11.0] * 3, "c": [11.0] * 3, "d": [22.0] * 3,
     }  # fmt: skip
+
+
+def test_a_book_that_was_poured_out_holds_nothing() -> None:
+    """Of hundreds of entries, the largest would otherwise be held until the next pass."""
+    book = booked(network(), torch.randn(B, 4))
+    book.norm_sq()
+    held = [weakref.ref(t) for entries in book.entries.values() for entry in entries for t in entry.held]
+    assert all(reference() is not None for reference in held)
+    book.pour(torch.ones(B), {})
+    assert not any(reference() is not None for reference in held)
 
 
 def test_sums_of_another_type_are_added_to() -> None:
