@@ -90,8 +90,7 @@ class _Check:
     def run(self) -> None:
         """Check everything."""
         try:
-            self._books("aab")  # a function whose gradient was refused by the observation says so here
-            self._check_one_sample()
+            self._check_one_sample()  # a function whose gradient was refused by the observation says so here
             self._check_sum()
             self._check_neighbours()
             self._check_left_out()
@@ -137,13 +136,15 @@ class _Check:
     def _check_neighbours(self) -> None:
         """Compare what samples contribute when the first one is another, and when the second one is."""
         alike, unlike = self._check_first()
-        self._check_beside(self._subject.evaluating, "{}ab", 1, unlike)
+        self._check_beside(self._subject.evaluating, 1, ["aab", *(f"{other}ab" for other in unlike)])
         for drawing, others in ((EqualDraws, alike), (self._subject.evaluating, unlike)):
             # A sample ahead of all others may have taken part of their gradients, which no other shows; only the last
             # of a batch may reach them; and the maximum of a batch moves only with the sample that has it.
-            self._check_beside(drawing, "a{}b", 0, others)
-            self._check_beside(drawing, "aa{}", 0, others)
-            self._check_beside(drawing, "{0}{0}b", 2, others)
+            second = ["aab", *(f"a{other}b" for other in others)]
+            last = [f"aa{other}" for other in ("a", *others) if other != "b"]
+            for batches in [second + last] if "b" in others else [second, last]:
+                self._check_beside(drawing, 0, batches)
+            self._check_beside(drawing, 2, ["aab", *(f"{other}{other}b" for other in others)])
 
     def _check_first(self) -> tuple[str, str]:
         """Compare what the second sample contributes; return which others draw the same as the first, and which not.
@@ -165,16 +166,17 @@ class _Check:
         return alike, "".join(other for other in self._subject.others if other not in alike)
 
     def _check_beside(
-        self, drawing: Callable[[], AbstractContextManager[object]], form: str, at: int, others: str
+        self, drawing: Callable[[], AbstractContextManager[object]], at: int, batches: Sequence[str]
     ) -> None:
-        """Compare what the sample at a place contributes beside the first sample and beside others."""
+        """Compare what the sample at a place contributes to the first batch and to the others."""
+        first, *others = batches
         if not others:
             return
         with drawing():
-            one = dict(self._contribution(form.format("a"), at))
+            one = dict(self._contribution(first, at))
         for other in others:
             with drawing():
-                self._compare(one, self._contribution(form.format(other), at), _ANOTHER)
+                self._compare(one, self._contribution(other, at), _ANOTHER)
 
     def _check_written(self, written: Gradients, other: Gradients) -> None:
         for name, value in written.items():
