@@ -73,14 +73,9 @@ class SampleAxis:
 
     def positions(self, t: Tensor, num_samples: int, feature_dims: int) -> Tensor:
         """Return ``[B, T, *features]``: all that is neither sample nor feature is T; see `split` and `merge_rows`."""
-        rows, rest = divmod(t.shape[self.dim], num_samples)
-        if self.dim or self.together is not None or rest or (self.is_binding and rows != self.rows) or not rows:
-            return merge_rows(self.split(t, num_samples), feature_dims)
-        leading, features = t.dim() - feature_dims, t.shape[t.dim() - feature_dims :]
-        if leading == 1:
-            return t.view(num_samples, rows, *features)
-        # Samples lie outermost, as nearly always: one view, or none.
-        return t if rows == 1 and leading == 2 else t.reshape(num_samples, -1, *features)
+        if self.rows == 1 and self.dim == 0 and t.shape[0] == num_samples and t.dim() == 2 + feature_dims:
+            return t  # as nearly always: it has that shape, and views take time
+        return merge_rows(self.split(t, num_samples), feature_dims)
 
     def join(self, split: Tensor) -> Tensor:
         """Return ``[*, *t.shape]`` from ``[*, B, *]``, what `split` made of ``t``, with one more axis ahead of it."""

@@ -2,8 +2,8 @@
 
 Owns: which are small, their norms and their weighted sums. Does not own: any other entry (``entries``, ``products``).
 
-Half of a transformer's parameters are biases and scales. Their arithmetic is next to nothing, but every operator takes
-its time to be called, on a GPU to be launched.
+Two of three parameter tensors of a transformer are biases and scales. Their arithmetic is next to nothing, but every
+operator takes its time to be called, on a GPU to be launched.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import Dense, Entry, masked
+from lightning_dp.bookkeeping.entries import Dense, Entry, lengths, masked
 
 _SMALL = {"cpu": 2**16, "cuda": 2**18}
 """So many elements, of all samples, are copied in less time than the calls take that this saves."""
@@ -38,7 +38,7 @@ class Bundle:
 
     def norm_sq(self) -> Tensor:
         """Return the squared norms over all of them, ``[B]``: found in 64 bits, since a row of them may be long."""
-        return torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64).square().to(self.rows.dtype)
+        return lengths(self.rows).square().to(self.rows.dtype)
 
     def pour(self, weight: Tensor, keep: Tensor | None, sums: MutableMapping[str, Tensor]) -> None:
         """Add ``sum_i weight[i] * G_i`` to the sums.

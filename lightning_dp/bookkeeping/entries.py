@@ -161,6 +161,11 @@ def norms_sq(dense: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
+def lengths(rows: Tensor) -> Tensor:
+    """Return the norm of every sample's vector, in 64 bits: a product of norms may be large where one square is 0."""
+    return torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64)
+
+
 def _row_length(shape: Sequence[int]) -> int:
     """Return how many elements the last axis has, or the last few together if they are not too many."""
     length = 1

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.costs import HALVED, Shape, Way, cheapest, rates_of
-from lightning_dp.bookkeeping.entries import Entry, Kept, masked, norms_sq
+from lightning_dp.bookkeeping.entries import Entry, Kept, lengths, masked, norms_sq
 from lightning_dp.bookkeeping.precision import accurate
 
 CANCELLATION = 1e-2
@@ -77,7 +77,7 @@ class Outer(Entry):
     def norm_sq(self) -> Tensor:
         """Return the norms, through Gram matrices or sample by sample; of two vectors, the product of theirs."""
         if self.num_positions == 1:
-            return (_length(self.a) * _length(self.g)).square().to(self.a.dtype)
+            return (lengths(self.a) * lengths(self.g)).square().to(self.a.dtype)
         if self._way is Way.TILED:
             return torch.cat([norms_sq(torch.bmm(g[None].mT, a[None])) for a, g in zip(self.a, self.g, strict=True)])
         norm_sq, most = _gram(self.a, self.g)
@@ -128,11 +128,6 @@ class Outer(Entry):
         if self._chosen is None:
             self._chosen = cheapest(self._costs, rates_of(self.a), 0, kept=False)
         return self._chosen
-
-
-def _length(rows: Tensor) -> Tensor:
-    """Return the norm of every sample's vector, in 64 bits: a product of norms may be large where one square is 0."""
-    return torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64)
 
 
 def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
