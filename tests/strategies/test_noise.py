@@ -1,16 +1,20 @@
 """The noise: its scale, its distribution and its secrecy."""
 
 import copy
+import itertools
 import os
 import pickle
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 import lightning_dp as ldp
-from lightning_dp.noise import SecretRandom
+from lightning_dp import noise
+from lightning_dp.noise import SecretRandom, _normal
 from tests.models import Regression, ZeroGradient, loader, parameters, trainer, updates
 
 NOISE, BOUND, BATCH, LR, SIZE = 1.5, 0.7, 5, 0.3, 200_000
@@ -71,12 +75,62 @@ def test_noise_is_normal_by_its_moments_and_tail():
     assert share == pytest.approx(0.0027, rel=0.1)
 
 
+@pytest.fixture
+def seeded(monkeypatch):
+    """Generators of known seeds in the place of secret ones, each of another."""
+    seeds = itertools.count()
+    monkeypatch.setattr(noise, "_generator", lambda: np.random.Generator(np.random.SFC64(next(seeds))))
+
+
+@pytest.mark.usefixtures("seeded")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_noise_follows_the_normal_distribution_and_that_the_test_rejects_others(threads):
+    """By Kolmogorov's distance, which exceeds ``most`` by chance once in 100,000."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        values = [torch.zeros(size, dtype=torch.float64) for size in (600_001, 399_998, 1)]
+        SecretRandom().add_normal(values, 1.0)
+    finally:
+        torch.set_num_threads(before)
+    drawn, most = torch.cat(values).numpy(), 2.5e-3
+    assert stats.kstest(drawn, "norm").statistic < most
+    assert stats.kstest(drawn * 1.02, "norm").statistic > most
+    assert stats.kstest(drawn + 0.01, "norm").statistic > most
+
+
+@pytest.mark.usefixtures("seeded")
+def test_values_of_one_draw_are_independent():
+    """Two come from one radius and one angle: neither they nor their squares may be correlated."""
+    values = torch.zeros(500_000, dtype=torch.float64)
+    SecretRandom().add_normal([values], 1.0)
+    for lag in (1, 2**14, 2**15, 2**16, 2**17):  # whatever the pieces are
+        one, other = values[:-lag], values[lag:]
+        pairs = torch.stack([one, other, one.square(), other.square()])
+        assert float(torch.corrcoef(pairs).tril(-1).abs().max()) < 5.0 / len(one) ** 0.5
+
+
+def test_the_extremes_of_the_generator_give_finite_noise():
+    class Extreme:
+        def __init__(self, value):
+            self.value = value
+
+        def random(self, size):
+            return np.full(size, self.value)
+
+    for value, most in ((0.0, 0.0), (1 - 2**-53, 8.58)):
+        drawn = _normal(Extreme(value), 5, 1.0)
+        assert drawn.shape == (5,)
+        assert drawn.isfinite().all()
+        assert float(drawn.abs().max()) == pytest.approx(most, abs=0.01)
+
+
 def test_many_tensors_have_each_their_own_noise():
     """Small ones share a draw, and one is larger than what is drawn at once."""
     shapes = [(3,), (0,), (50, 20), (), (300, 400), (7, 1), (2**15,)]
     totals = [torch.full(shape, 6.0, dtype=dtype) for shape in shapes for dtype in (torch.float32, torch.float64)]
-    noise = SecretRandom()
-    noise.add_normal(totals, 1.0, 2.0)
+    secret = SecretRandom()
+    secret.add_normal(totals, 1.0, 2.0)
     drawn = torch.cat([total.double().flatten() for total in totals]) * 2 - 6
     assert drawn.unique().numel() > 0.99 * drawn.numel()  # of the float32 values a few are equal by chance
     assert float(drawn.std()) == pytest.approx(1.0, rel=0.01)
@@ -84,7 +138,7 @@ def test_many_tensors_have_each_their_own_noise():
         if total.numel() > 500:
             assert float((total.double() * 2 - 6).std()) == pytest.approx(1.0, rel=0.1)
     fixed = [torch.arange(3.0), torch.full((4,), 8.0)]
-    noise.add_normal(fixed, 1e-12, 4.0)
+    secret.add_normal(fixed, 1e-12, 4.0)
     torch.testing.assert_close(fixed, [torch.arange(3.0) / 4, torch.full((4,), 2.0)])
 
 
