@@ -38,8 +38,10 @@ _REPEATS = 20
 _SIZES = {"cpu": (256, 2**24, 2**19), "cuda": (4096, 2**26, 2**25)}
 """For the measurement: rows of a matrix; elements of a tensor, more than a cache holds; how many are moved at once."""
 
-HALVED = 128
-"""From so many positions on, a Gram matrix is made of three of its four quarters."""
+LEAST_BAND = 96
+"""Positions in a band of a Gram matrix: products with less take as long."""
+
+_MOST_BANDS = 8
 
 WORTHWHILE = 0.1
 """The share of the time of a product that gradients must save if keeping them takes memory."""
@@ -118,19 +120,32 @@ def cheapest(shape: Shape, rates: Rates, spare: int, kept: bool = True) -> Way:
     return Way.KEPT if kept and shape.extra <= spare and keeping + least < seconds[way] else way
 
 
+@functools.lru_cache(maxsize=4096)
+def bands(shape: Shape, rates: Rates) -> int:
+    """Return into how many bands of rows a Gram matrix is cut: it is symmetric, and of each the end may be left out."""
+    most = min(_MOST_BANDS, max(1, shape.positions // LEAST_BAND))
+    return min(range(1, most + 1), key=lambda count: _grams(shape, rates, count))
+
+
+def _grams(shape: Shape, rates: Rates, count: int) -> float:
+    """Return the seconds that both Gram matrices, in so many bands, and the sum of their products take."""
+    share = (count + 1) / (2 * count)
+    outputs = shape.samples * shape.positions**2
+    work = share * outputs * ((shape.inputs + shape.outputs) / rates.products + 6 / rates.elements)
+    return work + (2 + 10 * count) * rates.call
+
+
 def _seconds(shape: Shape, rates: Rates) -> dict[Way, float]:
     """Return what each way costs beyond the clipped sum that every other way has to make."""
     b, t, d, p = shape.samples, shape.positions, shape.inputs, shape.outputs
     product, written_and_read = shape.kept * t / rates.products, 2 * shape.kept / rates.elements
     scaled = 2 * b * t * min(d, p) / rates.elements  # the weights of the sum are multiplied on the narrower side
-    grams = (0.75 if t >= HALVED else 1.0) * b * t * t * ((p + d) / rates.products + 6 / rates.elements)
-    calls = {Way.GHOST: 20 if t >= HALVED else 12, Way.KEPT: 5, Way.TILED: 5 * b}
-    seconds = {
-        Way.GHOST: grams + scaled,
-        Way.KEPT: written_and_read + shape.kept * (1 / rates.elements + rates.touch),  # read once more for the sum
-        Way.TILED: product + written_and_read + scaled,
+    kept = written_and_read + shape.kept * (1 / rates.elements + rates.touch)  # read once more for the sum
+    return {
+        Way.GHOST: _grams(shape, rates, bands(shape, rates)) + scaled,
+        Way.KEPT: kept + 5 * rates.call,
+        Way.TILED: product + written_and_read + scaled + 5 * b * rates.call,
     }
-    return {way: seconds[way] + calls[way] * rates.call for way in Way}
 
 
 def rates_of(t: Tensor) -> Rates:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.costs import HALVED, Shape, Way, cheapest, rates_of
+from lightning_dp.bookkeeping.costs import Shape, Way, bands, cheapest, rates_of
 from lightning_dp.bookkeeping.entries import Entry, Kept, lengths, masked, norms_sq
 from lightning_dp.bookkeeping.precision import accurate
 
@@ -80,7 +80,7 @@ class Outer(Entry):
             return (lengths(self.a) * lengths(self.g)).square().to(self.a.dtype)
         if self._way is Way.TILED:
             return torch.cat([norms_sq(torch.bmm(g[None].mT, a[None])) for a, g in zip(self.a, self.g, strict=True)])
-        norm_sq, most = _gram(self.a, self.g)
+        norm_sq, most = _gram(self.a, self.g, bands(self._costs, rates_of(self.a)))
         # The terms of the Gram sum may cancel; a norm that is small only after cancellation is found densely.
         cancelled = (norm_sq < CANCELLATION / self.num_positions * most).nonzero().flatten().tolist()
         for i in cancelled:
@@ -138,18 +138,20 @@ def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), g.to(dtype)
 
 
-def _gram(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _gram(a: Tensor, g: Tensor, num_bands: int) -> tuple[Tensor, Tensor]:
     """Return the squared ghost norm and the largest value it could have without cancellation, each ``[B]``.
 
-    A Gram matrix is symmetric: of its quarters, one off the diagonal is left out and the other counted twice.
+    A Gram matrix is symmetric: of a band of its rows, what is before the diagonal counts twice for what is after it.
     """
     norm_sq, most = a.new_zeros(a.shape[0]), a.new_zeros(a.shape[0])
-    size = -(-a.shape[1] // (2 if a.shape[1] >= HALVED else 1))
+    size = -(-a.shape[1] // num_bands)
     for start in range(0, a.shape[1], size):
         stop = start + size
         aa, gg = (torch.bmm(t[:, start:stop], t[:, :stop].mT) for t in (a, g))
         diagonals = [t[:, :, start:].diagonal(dim1=1, dim2=2) for t in (aa, gg)]
         most += (diagonals[0] * diagonals[1]).clamp(min=0).sqrt().sum(1)
         product = aa.mul_(gg)
-        norm_sq += product[:, :, start:].sum((1, 2)) + 2 * product[:, :, :start].sum((1, 2))
+        norm_sq += product[:, :, start:].sum((1, 2))
+        if start > 0:
+            norm_sq += 2 * product[:, :, :start].sum((1, 2))
     return norm_sq, most.square()
