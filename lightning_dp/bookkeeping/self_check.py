@@ -29,7 +29,7 @@ from torch import Tensor
 from lightning_dp.bookkeeping.book import Book
 from lightning_dp.bookkeeping.comparing import Gradients, Sums, merged, squared_lengths
 from lightning_dp.bookkeeping.culprit import where_samples_meet
-from lightning_dp.bookkeeping.draws import EqualDraws
+from lightning_dp.bookkeeping.draws import EqualDraws, Shapes
 from lightning_dp.bookkeeping.random_state import RandomState
 from lightning_dp.errors import UnsupportedModelError
 
@@ -91,8 +91,8 @@ class _Check:
         """Check everything."""
         try:
             self._check_one_sample()  # a function whose gradient was refused by the observation says so here
-            self._check_sum()
-            self._check_neighbours()
+            alike, unlike = self._check_first(self._check_sum())
+            self._check_neighbours(alike, unlike)
             self._check_left_out()
         finally:
             self._restore()
@@ -118,9 +118,10 @@ class _Check:
                 f"{_some(wrong)}. {_OUR_FAULT}"
             )
 
-    def _check_sum(self) -> None:
-        gradients, sums = self._autograd("aab"), self._sums("aab", torch.ones(3))
-        lengths, _, missing = self._lengths(gradients, sums)
+    def _check_sum(self) -> Gradients | None:
+        """Check property (b); return what the second sample contributes, if draws make no difference to that."""
+        gradients, books = self._autograd("aab"), self._books("aab")
+        lengths, _, missing = self._lengths(gradients, self._sums(books, torch.ones(3)))
         total = _length(lengths)
         wrong = [
             f"'{name}'"
@@ -132,10 +133,40 @@ class _Check:
                 "self-check (b): the samples' gradients in the book do not add up to autograd's gradient, for "
                 f"{_some(wrong)}. {_OUR_FAULT}"
             )
+        del gradients
+        return None if self._drawn_for_two else dict(self._sums(books, torch.eye(3)[1]))
 
-    def _check_neighbours(self) -> None:
-        """Compare what samples contribute when the first one is another, and when the second one is."""
-        alike, unlike = self._check_first()
+    def _check_first(self, one: Gradients | None) -> tuple[str, str]:
+        """Compare what the second sample contributes; return which others draw the same as the first, and which not.
+
+        Beside one of another length, padding included, all samples draw other numbers: then nothing is to be drawn.
+
+        Args:
+            one: What it contributes beside the first, from a pass that drew nothing.
+        """
+        alike, drawn = "", []
+        if one is None:
+            with EqualDraws() as draws:
+                one, drawn = dict(self._contribution("aab", 1)), draws.drawn
+        written = self._written
+        for other in self._subject.others:
+            with EqualDraws() as its_draws:
+                two = self._contribution(f"{other}ab", 1)
+            self._check_written(written, self._written)
+            if drawn == its_draws.drawn:
+                alike += other
+                with EqualDraws():
+                    self._compare(one, two, _ANOTHER)
+            del two  # before the next pass: it holds the book of this one
+        return alike, "".join(other for other in self._subject.others if other not in alike)
+
+    def _check_neighbours(self, alike: str, unlike: str) -> None:
+        """Compare what samples contribute when the first one is another, and when the second one is.
+
+        Args:
+            alike: Other samples that draw the same as the first.
+            unlike: Those that do not.
+        """
         self._check_beside(self._subject.evaluating, 1, ["aab", *(f"{other}ab" for other in unlike)])
         for drawing, others in ((EqualDraws, alike), (self._subject.evaluating, unlike)):
             # A sample ahead of all others may have taken part of their gradients, which no other shows; only the last
@@ -145,25 +176,6 @@ class _Check:
             for batches in [second + last] if "b" in others else [second, last]:
                 self._check_beside(drawing, 0, batches)
             self._check_beside(drawing, 2, ["aab", *(f"{other}{other}b" for other in others)])
-
-    def _check_first(self) -> tuple[str, str]:
-        """Compare what the second sample contributes; return which others draw the same as the first, and which not.
-
-        Beside one of another length, padding included, all samples draw other numbers: then nothing is to be drawn.
-        """
-        alike = ""
-        with EqualDraws() as draws:
-            one, written = dict(self._contribution("aab", 1)), self._written
-        for other in self._subject.others:
-            with EqualDraws() as its_draws:
-                two = self._contribution(f"{other}ab", 1)
-            self._check_written(written, self._written)
-            if draws.drawn == its_draws.drawn:
-                alike += other
-                with EqualDraws():
-                    self._compare(one, two, _ANOTHER)
-            del two  # before the next pass: it holds the book of this one
-        return alike, "".join(other for other in self._subject.others if other not in alike)
 
     def _check_beside(
         self, drawing: Callable[[], AbstractContextManager[object]], at: int, batches: Sequence[str]
@@ -237,20 +249,27 @@ class _Check:
     # ---- passes --------------------------------------------------------------------------------------------------
 
     @cached_property
+    def _drawn_for_two(self) -> list[Shapes]:
+        """What a pass over two samples draws."""
+        with EqualDraws() as draws:
+            self._books("ab")
+        return draws.drawn
+
+    @cached_property
     def _equal_draws(self) -> Callable[[], EqualDraws]:
         """Return the context of a pass in which all samples get the same random draws."""
-        with EqualDraws() as of_two:
-            self._books("ab")
+        if not self._drawn_for_two:
+            return EqualDraws
         with EqualDraws() as of_three:
             self._books("aab")
-        return lambda: EqualDraws(of_two.drawn, of_three.drawn)
+        return lambda: EqualDraws(self._drawn_for_two, of_three.drawn)
 
     def _contribution(self, samples: str, at: int, scale: float = 1.0) -> Gradients:
         """Return the gradients in the books of the sample at a place, times a number."""
-        return self._sums(samples, scale * torch.eye(len(samples))[at])
+        return self._sums(self._books(samples), scale * torch.eye(len(samples))[at])
 
-    def _sums(self, samples: str, weight: Tensor) -> Gradients:
-        return Sums(self._books(samples), weight.double(), self._subject.hold)
+    def _sums(self, books: Sequence[Book], weight: Tensor) -> Gradients:
+        return Sums(books, weight.double(), self._subject.hold)
 
     def _books(self, samples: str) -> Sequence[Book]:
         self._restore()
