@@ -23,6 +23,7 @@ PAIRS = (
     ("dp_bias", "plain_bias"),
     ("dp_bias", "plain"),
     ("dp_bias", "opacus"),
+    ("dp_bias", "opacus_ghost"),
     ("opacus", "plain_linear"),
     ("opacus_ghost", "plain_linear"),
     ("opacus", "plain"),
