@@ -6,12 +6,14 @@ Owns: the samples that are looked at. Does not own: how a step is tried (``trial
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -26,6 +28,9 @@ from lightning_dp.strategies.trials import ManualTrial, Trial
 from lightning_dp.strategies.undisturbed import evaluating, same_attributes, undisturbed
 
 _LETTERS = "abcd"
+
+_LONG = 3.0
+"""Seconds of looking at a model after which it is said what is done before the first step."""
 
 T = TypeVar("T")
 
@@ -111,8 +116,14 @@ class Observer:
         keeping.observe(self._loss, varied=varied, rows=rows, draws_elsewhere=self.draws_elsewhere)
 
     def _observe(self, keeping: BookKeeping, trained: dict[str, nn.Parameter], check: bool) -> None:
+        start = time.monotonic()
         self.look(keeping)
         checked = check and len(self._index) > 1
+        if checked and time.monotonic() - start > _LONG:
+            rank_zero_info(
+                "Privacy: the bound on one example is checked on the model before the first step. That takes about as "
+                "long as training on 50 examples."
+            )
         if not checked or keeping.in_parts:
             self._check_not_written()
         if not checked:

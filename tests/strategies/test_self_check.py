@@ -1,6 +1,7 @@
 """The self-check: what it must catch, each with its own message, and what it must let pass."""
 
 import copy
+import logging
 import random
 import weakref
 from pathlib import Path
@@ -677,3 +678,32 @@ def test_a_sample_that_reaches_only_some_others_is_refused(reach, seed):
     with pytest.raises(UNSUPPORTED, match=r"a sample changes what|neighbour in the batch|for another sample"):
         fit(module(reach), loader(n=40, seed=seed))
     fit(module(lambda h: h), loader(n=40, seed=seed))
+
+
+def looked_at(*layers, **settings):
+    """Return how many examples a model runs on beyond those that it is trained with, which are all there are."""
+    sizes = []  # not of the module, whose attributes are put back
+
+    class Counted(Regression):
+        def training_step(self, batch, batch_idx):
+            sizes.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    strategy = ldp.DPStrategy(noise_multiplier=1.0, max_physical_batch_size=64, **settings)
+    net = nn.Sequential(nn.Linear(3, 4), *layers, nn.Linear(4, 2))
+    trainer(strategy, max_steps=1).fit(Counted(net), loader(n=20, batch_size=20))
+    return sum(sizes) - 20
+
+
+def test_a_model_that_draws_nothing_is_checked_on_fewer_examples():
+    """No pass finds out what three draw, and the first of those that compare is that of property (b): six fewer."""
+    still, drawing = (looked_at(*layers) - looked_at(*layers, self_check=False) for layers in ((), [nn.Dropout(0.3)]))
+    assert 0 < still == drawing - 6
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.0, 1), (60.0, 0)])
+def test_it_is_said_what_takes_so_long(seconds, said, monkeypatch, caplog):
+    monkeypatch.setattr("lightning_dp.strategies.observing._LONG", seconds)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit(Regression())
+    assert sum("is checked on the model before the first step" in message for message in caplog.messages) == said
