@@ -12,8 +12,9 @@ from lightning_dp.bookkeeping.base import Keeping
 from lightning_dp.bookkeeping.book import Book
 from lightning_dp.bookkeeping.engine import BookKeeping
 from lightning_dp.bookkeeping.loop import LoopKeeping
+from lightning_dp.bookkeeping.passes import Subject
 from lightning_dp.bookkeeping.refusals import NotObserved
 from lightning_dp.bookkeeping.rules.registered import register_rule
-from lightning_dp.bookkeeping.self_check import Subject, self_check
+from lightning_dp.bookkeeping.self_check import self_check
 
 __all__ = ["Book", "BookKeeping", "Keeping", "LoopKeeping", "NotObserved", "Subject", "register_rule", "self_check"]
