@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dp.bookkeeping.axes import SampleAxis, find_axis
-from lightning_dp.bookkeeping.interception import is_in_place
+from lightning_dp.bookkeeping.functions import is_in_place
 from lightning_dp.bookkeeping.layout import REPEATING, Kind, Layout
 from lightning_dp.bookkeeping.packing import Packing
 

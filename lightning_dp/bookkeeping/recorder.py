@@ -21,22 +21,18 @@ from torch import Tensor
 
 from lightning_dp.bookkeeping.book import Book, Derived, Target, release
 from lightning_dp.bookkeeping.call import Call, identity, is_copy, is_transposition
-from lightning_dp.bookkeeping.interception import (
-    Anchor,
-    Tap,
+from lightning_dp.bookkeeping.functions import (
     check_outputs,
     flat,
     float_outputs,
     function_name,
-    intercepting,
     is_in_place,
-    is_swapped,
     map_leaves,
     out_of_place,
     reads_metadata,
     with_float_outputs,
-    without_interception,
 )
+from lightning_dp.bookkeeping.interception import Anchor, Tap, intercepting, is_swapped, without_interception
 from lightning_dp.bookkeeping.layout import Key, Kind, Layout, Layouts, key_of
 from lightning_dp.bookkeeping.operation import Operation, Recording
 from lightning_dp.bookkeeping.random_state import RandomState

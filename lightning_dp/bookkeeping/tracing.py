@@ -17,16 +17,15 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_dp.bookkeeping.axes import SampleAxis
 from lightning_dp.bookkeeping.conclusions import Event, conclude, ints, look
-from lightning_dp.bookkeeping.interception import (
+from lightning_dp.bookkeeping.functions import (
     flat,
     float_outputs,
     function_name,
-    intercepting,
     is_in_place,
     reads_metadata,
     with_float_outputs,
-    without_interception,
 )
+from lightning_dp.bookkeeping.interception import intercepting, without_interception
 from lightning_dp.bookkeeping.layout import Key, Kind, Layout, key_of
 from lightning_dp.bookkeeping.packing import Packing, packing_of, without_dropout
 from lightning_dp.bookkeeping.random_state import RandomState

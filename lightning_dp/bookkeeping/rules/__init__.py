@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dp.bookkeeping.interception import out_of_place
+from lightning_dp.bookkeeping.functions import out_of_place
 from lightning_dp.bookkeeping.operation import Rule
 from lightning_dp.bookkeeping.rules.broadcast import (
     addition,

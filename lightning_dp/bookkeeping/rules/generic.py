@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_dp.bookkeeping.axes import SampleAxis
 from lightning_dp.bookkeeping.book import batched_gradients, quiet_vmap
 from lightning_dp.bookkeeping.entries import Dense
-from lightning_dp.bookkeeping.interception import float_outputs
+from lightning_dp.bookkeeping.functions import float_outputs
 from lightning_dp.bookkeeping.layout import Kind
 from lightning_dp.bookkeeping.operation import File, Operation, Recording
 from lightning_dp.bookkeeping.precision import autocast_now
