@@ -9,13 +9,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_dp.accounting import Accountant, Journal, Ledger, calibrate, greatest_epsilon
+from lightning_dp.accounting import Accountant, Journal, Ledger, RDPFilter, calibrate, greatest_epsilon
+from lightning_dp.accounting.delta import delta_for
 from lightning_dp.budget import PrivacyBudget
+from lightning_dp.data import Units
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism import Mechanism
 from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.settings import PrivacySettings
 from lightning_dp.strategies.terms import Terms
+
+
+def present_terms(
+    settings: PrivacySettings, units: Units, sample_rate: float, ledger: Ledger, agreed: Mapping[str | None, Terms]
+) -> Terms:
+    """Return the terms that the user's settings and data come to.
+
+    Args:
+        settings: The arguments of the strategy.
+        units: What is drawn.
+        sample_rate: Without a schedule.
+        ledger: Releases made before.
+        agreed: Terms under which something was released, by partition.
+    """
+    delta = settings.delta(units)
+    if settings.target_delta is None:  # a default one must suit every dataset that was released from
+        # Of what only a journal tells there are no terms.
+        others = [delta_for(None, release.num_units) for release in ledger.counts if release.num_units]
+        delta = min([delta, *others, *(terms.delta for terms in agreed.values())])
+    accountant = settings.accountant_for(delta)
+    return Terms(
+        num_units=units.num_units,
+        unit=units.unit,
+        partition=units.partition,
+        sample_rate=sample_rate,
+        delta=delta,
+        noise_multiplier=settings.noise_multiplier or 0.0,
+        schedule=settings.schedule,
+        filter_target=settings.target_epsilon if accountant.adaptive else None,
+        filter_order=accountant.order if isinstance(accountant, RDPFilter) else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -50,11 +83,10 @@ class FitPlan:
         anywhere = self.terms.partition is None and self.agreed
         return list(self.agreed.values())[-1] if same is None and anywhere else same
 
-    def settled(self, accountant: Accountant, journal: Journal) -> tuple[Schedule, PrivacyBudget]:
-        """Return the mechanisms and the budget of the fit.
+    def settled(self, journal: Journal) -> tuple[Schedule, PrivacyBudget]:
+        """Return the mechanisms and the budget of the fit, by an accountant that another one agrees with.
 
         Args:
-            accountant: Whose epsilon counts.
             journal: The ledger's record on disk.
 
         Raises:
@@ -62,6 +94,25 @@ class FitPlan:
                 changed and the user did not say that they may, or if the unit has.
             PrivacyBudgetExceeded: If nothing is left that noise could be calibrated to.
         """
+        accountant = self.settings.accountant_for(self.terms.delta)
+        schedule, budget = self._settled_by(accountant, journal)
+        trusted = budget.trusted_accountant()
+        return (schedule, budget) if trusted is accountant else self._settled_by(trusted, journal)
+
+    def sentence(self, mechanism: Mechanism, budget: PrivacyBudget) -> str:
+        """Say which noise was calibrated; nothing, if it was given or kept from before."""
+        if self.settings.noise_multiplier is not None or self.ledger.num_releases:
+            return ""
+        steps = (budget.planned_steps or 0) - budget.step
+        several, stages = mechanism.releases_per_draw, len(self.settings.schedule)
+        return (
+            f"Privacy: noise_multiplier {mechanism.noise_multiplier:.4g} calibrated to epsilon "
+            f"{budget.target_epsilon:g} at delta {budget.delta:.3g} for {steps} steps"
+            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}"
+            f"{f', both varied in {stages} stages' if stages else ''}."
+        )
+
+    def _settled_by(self, accountant: Accountant, journal: Journal) -> tuple[Schedule, PrivacyBudget]:
         schedule = self._schedule(self._noise_multiplier(accountant))
         budget = PrivacyBudget(
             schedule,

@@ -17,8 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Ledger, RDPFilter, Release, greatest_epsilon
-from lightning_dp.accounting.delta import delta_for
+from lightning_dp.accounting import Ledger, Release, greatest_epsilon
 from lightning_dp.budget import PrivacyBudget
 from lightning_dp.clipping import AdaptiveClipping, Clipping
 from lightning_dp.data import Drawn, ExampleUnits, PoissonLoader, Units, check_dataloader, units_of
@@ -32,13 +31,12 @@ from lightning_dp.quantile_bound import QuantileBound
 from lightning_dp.record import Record, TrainingRecord
 from lightning_dp.schedule import Schedule
 from lightning_dp.strategies.between import check_settings
-from lightning_dp.strategies.fit_plan import FitPlan
+from lightning_dp.strategies.fit_plan import FitPlan, present_terms
 from lightning_dp.strategies.history import History
 from lightning_dp.strategies.mixing import Mixing
 from lightning_dp.strategies.planning import next_step, planned_steps
 from lightning_dp.strategies.record import check_selected, earlier_record, plain_record, record_of
 from lightning_dp.strategies.settings import PrivacySettings
-from lightning_dp.strategies.terms import Terms
 
 _log = logging.getLogger("lightning_dp")
 
@@ -215,7 +213,8 @@ class PrivateRun:
         step = next_step(trainer)
         if self.mixing is not None:  # public steps release nothing
             step, announce = self.mixing.first_private(step, planned), announce and self.mixing.is_settled
-        terms = self._present_terms(settings.sample_rate(self._units, self._user.batch_size or 0, world_size))
+        rate = settings.sample_rate(self._units, self._user.batch_size or 0, world_size)
+        terms = present_terms(settings, self._units, rate, self.ledger, self._history.agreed)
         planning = FitPlan(
             settings=settings,
             terms=terms,
@@ -225,39 +224,15 @@ class PrivateRun:
             planned_steps=planned,
             releases_per_draw=releases_per_draw,
         )
-        self._schedule, budget = self.processes.decide(lambda: self._settled(planning))
+        self._schedule, budget = self.processes.decide(lambda: planning.settled(self._history.journal))
         self._budget = budget.keep_in(self.ledger, self._history.journal)
         for mechanism in self._schedule.mechanisms:
             mechanism.check()
         self._history.settled = replace(terms, noise_multiplier=self._schedule.base.noise_multiplier)
         self._releases_per_draw = releases_per_draw
         if announce:
-            self._announce(self._schedule.base, self._budget)
-
-    def _settled(self, planning: FitPlan) -> tuple[Schedule, PrivacyBudget]:
-        accountant = self.settings.accountant_for(planning.terms.delta)
-        schedule, budget = planning.settled(accountant, self._history.journal)
-        trusted = budget.trusted_accountant()
-        return (schedule, budget) if trusted is accountant else planning.settled(trusted, self._history.journal)
-
-    def _present_terms(self, sample_rate: float) -> Terms:
-        delta = self.settings.delta(self._units)
-        if self.settings.target_delta is None:  # a default one must suit every dataset that was released from
-            # Of what only a journal tells there are no terms.
-            others = [delta_for(None, release.num_units) for release in self.ledger.counts if release.num_units]
-            delta = min([delta, *others, *(agreed.delta for agreed in self._history.agreed.values())])
-        accountant = self.settings.accountant_for(delta)
-        return Terms(
-            num_units=self._units.num_units,
-            unit=self._units.unit,
-            partition=self._units.partition,
-            sample_rate=sample_rate,
-            delta=delta,
-            noise_multiplier=self.settings.noise_multiplier or 0.0,
-            schedule=self.settings.schedule,
-            filter_target=self.settings.target_epsilon if accountant.adaptive else None,
-            filter_order=accountant.order if isinstance(accountant, RDPFilter) else None,
-        )
+            base = self._schedule.base
+            self._announce(base.noise_multiplier, planning.sentence(base, self._budget))
 
     def mechanism_of(self, drawn: Drawn) -> Mechanism:
         """Return the mechanism by which a logical batch is to be released.
@@ -303,19 +278,11 @@ class PrivateRun:
         self._history.journal.reserve(self.ledger, release, block=1)
         self.ledger.book(release)
 
-    def _announce(self, mechanism: Mechanism, budget: PrivacyBudget) -> None:
-        if mechanism.noise_multiplier == 0 and self.processes.is_first:
+    def _announce(self, noise_multiplier: float, calibrated: str) -> None:
+        if noise_multiplier == 0 and self.processes.is_first:
             _log.warning("noise_multiplier=0: this run is NOT private, its epsilon is infinite.")
-        if self.settings.noise_multiplier is not None or self.ledger.num_releases:
-            return
-        steps = (budget.planned_steps or 0) - budget.step
-        several, stages = mechanism.releases_per_draw, len(self.settings.schedule)
-        rank_zero_info(
-            f"Privacy: noise_multiplier {mechanism.noise_multiplier:.4g} calibrated to epsilon "
-            f"{budget.target_epsilon:g} at delta {budget.delta:.3g} for {steps} steps"
-            f"{f' of {several} releases each' if several > 1 else ''} at sample rate {mechanism.sample_rate:.4g}"
-            f"{f', both varied in {stages} stages' if stages else ''}."
-        )
+        if calibrated:
+            rank_zero_info(calibrated)
 
     def private_step(self, trained: Mapping[str, nn.Parameter]) -> PrivateStep:
         """Return the buffers for these parameters."""
