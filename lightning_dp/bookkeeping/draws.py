@@ -27,6 +27,17 @@ _MANY = 2**32
 """More than a pass draws: the seed of what comes after a draw, whatever the draw's size."""
 
 
+class Draws(OperatorMode):
+    """Sees whether anything is drawn, and changes nothing."""
+
+    seen = False
+
+    def operator(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operator."""
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **kwargs)
+
+
 class EqualDraws(OperatorMode):
     """Lets every random operator draw the same numbers for all samples.
 

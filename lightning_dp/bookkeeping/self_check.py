@@ -23,7 +23,7 @@ import torch
 
 from lightning_dp.bookkeeping.comparing import Gradients, merged
 from lightning_dp.bookkeeping.culprit import where_samples_meet
-from lightning_dp.bookkeeping.draws import EqualDraws
+from lightning_dp.bookkeeping.draws import Draws, EqualDraws
 from lightning_dp.bookkeeping.passes import Passes, Subject
 from lightning_dp.errors import UnsupportedModelError
 
@@ -75,8 +75,10 @@ class _Check:
             )
 
     def _check_sum(self) -> Gradients | None:
-        """Check property (b); return what the second sample contributes, if draws make no difference to that."""
-        gradients, books = self._passes.autograd("aab"), self._passes.books("aab")
+        """Check property (b); return what the second sample contributes, if the pass drew nothing."""
+        gradients = self._passes.autograd("aab")
+        with Draws() as draws:
+            books = self._passes.books("aab")
         lengths, _, missing = self._passes.lengths(gradients, self._passes.sums(books, torch.ones(3)))
         total = _length(lengths)
         wrong = [
@@ -90,7 +92,7 @@ class _Check:
                 f"{_some(wrong)}. {_OUR_FAULT}"
             )
         del gradients
-        return None if self._passes.drawn_for_two else dict(self._passes.sums(books, torch.eye(3)[1]))
+        return None if draws.seen else dict(self._passes.sums(books, torch.eye(3)[1]))
 
     def _check_first(self, one: Gradients | None) -> tuple[str, str]:
         """Compare what the second sample contributes; return which others draw the same as the first, and which not.

@@ -707,3 +707,21 @@ def test_it_is_said_what_takes_so_long(seconds, said, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(Regression())
     assert sum("is checked on the model before the first step" in message for message in caplog.messages) == said
+
+
+class MixedFromThreeOn(Regression):
+    """Couples samples where it draws: in training mode, and in batches of three or more alone."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(3, 1))
+
+    def training_step(self, batch, batch_idx):
+        y, share = self.net(batch[0]), 1.0
+        if self.training and len(y) > 2:
+            share = float(torch.rand(()))
+        return (share * y + (1 - share) * y.roll(1, 0)).square().mean()
+
+
+def test_what_is_drawn_from_three_samples_on_hides_no_coupling():
+    with pytest.raises(UNSUPPORTED, match=r"\(c\)"):
+        fit(MixedFromThreeOn())
