@@ -52,9 +52,11 @@ def generic(operation: Operation) -> Recording:
         if sliceable:
             rows = _sliced(replay, saved, axes, gradients, layout.outputs, num_samples)
         if rows is None:
+            method = MASKED
+            rows, outputs = _masked(replay, saved, gradients, layout.outputs, num_samples)
             if not shared:
                 _check_unshared(operation_name, gradients, layout.outputs)
-            rows, method = _masked(replay, saved, gradients, layout.outputs, num_samples), MASKED
+                rows = _isolated(operation_name, replay, saved, axes, gradients, layout.outputs, rows, outputs)
         for file, g in zip(replay.files, rows, strict=True):
             if g is not None:
                 file(Dense(g, method))
@@ -123,7 +125,11 @@ def _sliced(
 
 def _is_index(t: Tensor, axis: SampleAxis | None) -> bool:
     """Whether a tensor that carries samples may hold positions along the sample axis of another."""
-    return axis is not None and not (t.is_floating_point() or t.is_complex() or t.dtype is torch.bool)
+    return axis is not None and not (_is_real_or_complex(t) or t.dtype is torch.bool)
+
+
+def _is_real_or_complex(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
 
 
 def _check_unshared(name: str, gradients: tuple[Tensor, ...], axes: tuple[SampleAxis | None, ...]) -> None:
@@ -142,15 +148,77 @@ def _masked(
     gradients: tuple[Tensor, ...],
     output_axes: tuple[SampleAxis | None, ...],
     num_samples: int,
-) -> list[Tensor | None]:
+) -> tuple[list[Tensor | None], Outputs]:
+    """Return the gradients of the samples in turn, and the outputs of the function."""
     trained = tuple(t.detach().requires_grad_() for t in replay.trained)
     with torch.enable_grad():
         outputs = replay(trained, tuple(t.detach() for t in saved))
     used = [k for k, t in enumerate(outputs) if t.requires_grad]
     if not used:  # not differentiable
-        return [None] * len(trained)
+        return [None] * len(trained), outputs
     upstream = [_one_at_a_time(gradients[k], _axis(output_axes, k), num_samples) for k in used]
-    return batched_gradients([outputs[k] for k in used], trained, upstream)
+    return batched_gradients([outputs[k] for k in used], trained, upstream), outputs
+
+
+def _isolated(
+    name: str,
+    replay: Replay,
+    saved: tuple[Tensor, ...],
+    axes: list[SampleAxis | None],
+    gradients: tuple[Tensor, ...],
+    output_axes: tuple[SampleAxis | None, ...],
+    rows: list[Tensor | None],
+    outputs: Outputs,
+) -> list[Tensor | None]:
+    """Return the gradients such that a sample which is not finite makes no other one so.
+
+    The gradients of all others pass through its activations as zeros, and zero times infinity is not a number. So the
+    rows of such a sample are replaced by those of a finite one; its own gradient is then given as not a number.
+
+    Raises:
+        UnsupportedModelError: If several gradients are not finite although their rows are: which of them spoiled the
+            others is not known.
+    """
+    if all(bool(g.isfinite().all()) for g in rows if g is not None):
+        return rows
+    num_samples = next(len(g) for g in rows if g is not None)
+    spoiled = _not_finite([*zip(saved, axes, strict=True)], num_samples)
+    spoiled |= _not_finite([(t, _axis(output_axes, k)) for k, t in enumerate(outputs)], num_samples)
+    if bool(spoiled.all()):
+        return rows
+    if bool(spoiled.any()):
+        finite = int((~spoiled).nonzero()[0])
+        replaced = tuple(
+            t if axis is None or not _is_real_or_complex(t) else _with_rows_of(t, axis, finite, spoiled)
+            for t, axis in zip(saved, axes, strict=True)
+        )
+        rows, _ = _masked(replay, replaced, gradients, output_axes, num_samples)
+        rows = [None if g is None else g.index_fill(0, spoiled.nonzero()[:, 0], torch.nan) for g in rows]
+    others = _not_finite([(g, SampleAxis(0, 1)) for g in rows if g is not None], num_samples) & ~spoiled
+    if int(others.sum()) > 1:
+        raise UnsupportedModelError(
+            f"'{name}' of a trained parameter has a derivative that is not finite for a sample of this batch, and runs "
+            "on all samples at once, so that it cannot be kept from the gradients of the others. Keep its arguments "
+            "away from such points (for example by clamp), or train without the book: "
+            "DPStrategy(clipping_engine='loop')."
+        )
+    return rows
+
+
+def _not_finite(tensors: Sequence[tuple[Tensor, SampleAxis | None]], num_samples: int) -> Tensor:
+    """Return the mask of the samples whose rows of any of the tensors are not all finite, ``[B]``."""
+    found = torch.zeros(num_samples, dtype=torch.bool, device=tensors[0][0].device)
+    for t, axis in tensors:
+        if axis is not None and _is_real_or_complex(t):
+            found |= ~axis.split(t.detach(), num_samples).isfinite().flatten(1).all(1)
+    return found
+
+
+def _with_rows_of(t: Tensor, axis: SampleAxis, sample: int, spoiled: Tensor) -> Tensor:
+    """Return a tensor in which the rows of some samples are those of another."""
+    rows = axis.split(t, len(spoiled))
+    mask = spoiled.view(-1, *[1] * (rows.dim() - 1))
+    return axis.join(torch.where(mask, rows[sample], rows)[None])[0]
 
 
 def _one_at_a_time(g: Tensor, axis: SampleAxis | None, num_samples: int) -> Tensor:
