@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.bundles import Bundle, bundles_of
-from lightning_dp.bookkeeping.entries import Dense, Entry, Kept
+from lightning_dp.bookkeeping.cancelling import gradient_of, norms_sq_of
+from lightning_dp.bookkeeping.entries import Dense, Entry, Kept, lengths
 from lightning_dp.bookkeeping.layout import Key
-from lightning_dp.bookkeeping.pairs import FEW, added, combined, inner
+from lightning_dp.bookkeeping.pairs import FEW, added, combined
 from lightning_dp.bookkeeping.precision import without_autocast
-from lightning_dp.bookkeeping.products import CANCELLATION, Outer
+from lightning_dp.bookkeeping.products import Outer
 from lightning_dp.bookkeeping.refusals import kept_from_before, overwritten
 
 SPARE = 2**22
@@ -83,9 +84,12 @@ class Book:
     spare: int = SPARE
     """Elements that may still be held beyond what came back through the graph, for gradients that are materialised."""
     _bundles: list[Bundle] = field(default_factory=list)
+    _alone: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    """Gradients of samples that nearly cancel, by parameter, from `norm_sq` to `pour`: see ``cancelling``."""
 
     def file(self, target: Target, entry: Entry) -> None:
         """Add an entry of a parameter or a derived tensor."""
+        self._bundles, self._alone = [], {}
         while isinstance(target, Derived) and target.source is not None:
             if target.transposed:
                 entry = entry.transposed() if isinstance(entry, Outer) else Dense(entry.dense().mT)
@@ -139,14 +143,16 @@ class Book:
 
     def take(self, names: Iterable[str]) -> Book:
         """Return a book of these parameters, and keep the entries of the others."""
-        return Book(self.num_samples, {name: self.entries.pop(name) for name in names if name in self.entries})
+        taken = {name: self.entries.pop(name) for name in names if name in self.entries}
+        alone = {name: self._alone.pop(name) for name in taken if name in self._alone}
+        return Book(self.num_samples, taken, _alone=alone)
 
     def norm_sq(self) -> Tensor:
         """Return the squared norm of each sample's gradient over all parameters, shape ``[B]``."""
         with without_autocast():
             bundles = self._bundled()
             inside = {name for bundle in bundles for name in bundle.members}
-            parts = [_norm_sq(entries) for name, entries in self.entries.items() if name not in inside]
+            parts = list(self._norms_sq([name for name in self.entries if name not in inside]).values())
             parts += [bundle.norm_sq() for bundle in bundles]
         if not parts:
             return torch.zeros(self.num_samples)
@@ -161,7 +167,21 @@ class Book:
     def norm_sq_by_parameter(self) -> dict[str, Tensor]:
         """Return the squared norm of each sample's gradient of every parameter that was used, each ``[B]``."""
         with without_autocast():
-            return {name: _norm_sq(entries) for name, entries in self.entries.items()}
+            return self._norms_sq(list(self.entries))
+
+    def _norms_sq(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the squared norms of parameters, and note the gradients of samples that nearly cancel."""
+        norms, masks = {}, {}
+        for name in names:
+            norms[name], mask = norms_sq_of(self.entries[name])
+            if mask is not None:
+                masks[name] = mask
+        for name, i in _marked(masks):
+            gradient = gradient_of(self.entries[name], i)
+            if gradient is not None:
+                self._alone.setdefault(name, {})[i] = gradient
+                norms[name][i] = lengths(gradient[None]).square().item()
+        return norms
 
     def weighted_sums(
         self,
@@ -177,7 +197,7 @@ class Book:
             names: Of which parameters, if not of all.
         """
         sums: dict[str, Tensor] = {}
-        book = Book(self.num_samples, dict(self.entries))
+        book = Book(self.num_samples, dict(self.entries), _alone=dict(self._alone))
         for name in self.entries if names is None else names:
             book.pour(weight, sums, [name])
             sums[name] = sums[name] if hold is None else hold(name, sums[name])
@@ -200,9 +220,14 @@ class Book:
                     del self.entries[name]
             self._bundles = []
             for name in list(reversed(self.entries) if names is None else names):
+                alone = self._alone.pop(name, {})
+                together = keep.index_fill(0, torch.tensor(list(alone), device=keep.device), False) if alone else keep
                 for entry in self.entries.pop(name, ()):
-                    part = entry.where(keep) if drop else entry
+                    part = entry.where(together) if drop or alone else entry
                     sums[name] = part.weighted_sum(weight, sums.get(name))
+                for i, gradient in alone.items():
+                    if keep[i]:
+                        sums[name].add_(gradient.to(sums[name]) * weight[i].to(sums[name]))
 
 
 def _waits(entry: Entry) -> bool:
@@ -210,27 +235,12 @@ def _waits(entry: Entry) -> bool:
     return isinstance(entry, Outer) and entry.num_positions <= FEW
 
 
-def _norm_sq(entries: Sequence[Entry]) -> Tensor:
-    """Return the squared norm of the sum of the entries of one parameter, cross terms included."""
-    own = [e.norm_sq() for e in entries]
-    if len(entries) == 1:
-        return own[0]
-    total = torch.stack(own).sum(0)
-    for i, e in enumerate(entries):
-        for f in entries[:i]:
-            total = total + 2 * inner(e, f)
-    most = torch.stack(own).sqrt().sum(0).square()
-    for i in (total < CANCELLATION / len(entries) * most).nonzero().flatten().tolist():
-        total[i] = _one_sample(entries, i).square().sum()
-    return total
-
-
-def _one_sample(entries: Sequence[Entry], i: int) -> Tensor:
-    """Return the materialised gradient of sample ``i``."""
-    one = torch.zeros(entries[0].num_samples, dtype=torch.bool)
-    one[i] = True
-    one = one.to(entries[0].device)
-    return torch.stack([e.where(one).weighted_sum(one.to(torch.float64)) for e in entries]).sum(0)
+def _marked(masks: dict[str, Tensor]) -> Iterator[tuple[str, int]]:
+    """Yield the parameters and samples that are marked, by one wait for the device."""
+    names, every = list(masks), list(masks.values())
+    if every:
+        for k, i in torch.stack([mask.to(every[0].device) for mask in every]).nonzero().tolist():
+            yield names[k], i
 
 
 @contextmanager

@@ -77,8 +77,26 @@ class Entry(ABC):
         """Return the entry with the samples outside the mask ``keep`` (shape ``[B]``) replaced by exact zeros."""
 
     def norm_sq(self) -> Tensor:
-        """Return the squared norm of every sample's gradient, shape ``[B]``."""
+        """Return the squared norm of every sample's gradient, shape ``[B]``.
+
+        It may have lost its digits where it is a small share of the square of `uncancelled`.
+        """
         return norms_sq(self.dense())
+
+    @property
+    def num_terms(self) -> int:
+        """How many terms the gradient of a sample is the sum of."""
+        return 1
+
+    def uncancelled(self) -> Tensor:
+        """Return the norm that every sample's gradient would have if no terms cancelled, ``[B]``."""
+        return self.norm_sq().sqrt()
+
+    def gradient_of(self, i: int) -> Tensor:
+        """Return the materialised gradient of sample ``i``, ``[*parameter.shape]``."""
+        one = torch.zeros(self.num_samples, device=self.device)
+        one[i] = 1
+        return self.where(one != 0).weighted_sum(one)
 
     def settled(self, spare: int) -> Entry:
         """Return the entry in the form in which it is to be kept, with at most ``spare`` elements more."""
@@ -114,6 +132,10 @@ class Dense(Entry):
     def dense(self) -> Tensor:
         """Return ``g``."""
         return self.g
+
+    def gradient_of(self, i: int) -> Tensor:
+        """Return ``g[i]``."""
+        return self.g[i]
 
     def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return ``sum_i weight[i] * g[i]``."""

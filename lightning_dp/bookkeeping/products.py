@@ -17,9 +17,8 @@ from lightning_dp.bookkeeping.costs import Shape, Way, bands, cheapest, rates_of
 from lightning_dp.bookkeeping.entries import Entry, Kept, lengths, masked, norms_sq
 from lightning_dp.bookkeeping.precision import accurate
 
-CANCELLATION = 1e-2
-"""Below this share of its largest possible value, divided by the number of its terms, a ghost norm has lost too many
-digits and is found again densely. (T terms of random direction cancel to a share of 1 / T, without any harm.)"""
+_TINY = 1e-30
+"""Squares below it have lost digits to underflow."""
 
 _FEW_SAMPLES = 8
 """Up to so many matrix products in the place of two copies."""
@@ -38,6 +37,7 @@ class Outer(Entry):
         self.a, self.g = _same_dtype(a, g)
         self._shape = shape or (self.g.shape[-1], self.a.shape[-1])
         self._chosen: Way | None = None
+        self._uncancelled: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,6 +48,11 @@ class Outer(Entry):
     def num_positions(self) -> int:
         """T."""
         return self.a.shape[1]
+
+    @property
+    def num_terms(self) -> int:
+        """T."""
+        return self.num_positions
 
     @property
     def method(self) -> str:
@@ -80,12 +85,20 @@ class Outer(Entry):
             return (lengths(self.a) * lengths(self.g)).square().to(self.a.dtype)
         if self._way is Way.TILED:
             return torch.cat([norms_sq(torch.bmm(g[None].mT, a[None])) for a, g in zip(self.a, self.g, strict=True)])
-        norm_sq, most = _gram(self.a, self.g, bands(self._costs, rates_of(self.a)))
-        # The terms of the Gram sum may cancel; a norm that is small only after cancellation is found densely.
-        cancelled = (norm_sq < CANCELLATION / self.num_positions * most).nonzero().flatten().tolist()
-        for i in cancelled:
-            norm_sq[i] = (self.g[i].t() @ self.a[i]).square().sum()
+        norm_sq, self._uncancelled = _gram(self.a, self.g, bands(self._costs, rates_of(self.a)))
         return norm_sq
+
+    def uncancelled(self) -> Tensor:
+        """Return ``sum_t |a_it| |g_it|``; infinity where Gram matrices underflow."""
+        if self._uncancelled is None:
+            self._uncancelled = (torch.linalg.vector_norm(self.a, dim=2) * torch.linalg.vector_norm(self.g, dim=2)).sum(
+                1
+            )
+        return self._uncancelled
+
+    def gradient_of(self, i: int) -> Tensor:
+        """Return ``g_i^T a_i``."""
+        return (self.g[i].t() @ self.a[i]).view(self._shape)
 
     def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return one matrix product over all samples and positions, or one for each sample if that copies less."""
@@ -139,19 +152,23 @@ def _same_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram(a: Tensor, g: Tensor, num_bands: int) -> tuple[Tensor, Tensor]:
-    """Return the squared ghost norm and the largest value it could have without cancellation, each ``[B]``.
+    """Return the squared ghost norm, and the norm without cancellation, infinite where squares underflow, each ``[B]``.
 
     A Gram matrix is symmetric: of a band of its rows, what is before the diagonal counts twice for what is after it.
     """
     norm_sq, most = a.new_zeros(a.shape[0]), a.new_zeros(a.shape[0])
+    largest: list[list[Tensor]] = [[], []]
     size = -(-a.shape[1] // num_bands)
     for start in range(0, a.shape[1], size):
         stop = start + size
         aa, gg = (torch.bmm(t[:, start:stop], t[:, :stop].mT) for t in (a, g))
-        diagonals = [t[:, :, start:].diagonal(dim1=1, dim2=2) for t in (aa, gg)]
-        most += (diagonals[0] * diagonals[1]).clamp(min=0).sqrt().sum(1)
+        lengths_sq = [t[:, :, start:].diagonal(dim1=1, dim2=2).clamp(min=0) for t in (aa, gg)]
+        for found, each in zip(largest, lengths_sq, strict=True):
+            found.append(each.amax(1))
+        most += (lengths_sq[0].sqrt() * lengths_sq[1].sqrt()).sum(1)
         product = aa.mul_(gg)
         norm_sq += product[:, :, start:].sum((1, 2))
         if start > 0:
             norm_sq += 2 * product[:, :, :start].sum((1, 2))
-    return norm_sq, most.square()
+    tiny = torch.stack([torch.stack(found).amax(0) for found in largest]).amin(0) < _TINY
+    return norm_sq, most.masked_fill(tiny, float("inf"))

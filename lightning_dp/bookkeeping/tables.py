@@ -59,6 +59,15 @@ class Rows(Entry):
         merged = torch.bmm(same_row.to(self.g.dtype), self.g).square().sum(-1)
         return (merged / same_row.sum(-1)).sum(1)
 
+    @property
+    def num_terms(self) -> int:
+        """T."""
+        return self.index.shape[1]
+
+    def uncancelled(self) -> Tensor:
+        """Return the sum of the norms of all positions."""
+        return torch.linalg.vector_norm(self.g, dim=-1).sum(1)
+
     def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return one table."""
         g = (self.g * weight.to(self.g)[:, None, None]).flatten(0, 1)
