@@ -5,7 +5,8 @@ Owns: the generators and the precision of the draw. Does not own: the scale of t
 Guarantee: the seed comes from the operating system, is kept nowhere else and is independent of ``seed_everything``, so
 that nobody who knows a run's configuration or checkpoint can subtract its noise. Draws are in float64, on the CPU of 53
 random bits: they reach 8.57 standard deviations, which a normal value exceeds with probability 1e-17. A float32 draw of
-torch's is made of 24-bit uniforms there and never exceeds 5.77.
+torch's is made of 24-bit uniforms there and never exceeds 5.77. Sums are rounded after the noise, to float32 by 29 of
+53 digits: by those, the values that noise can take would tell of what it was added to (arXiv 2112.05307).
 """
 
 from __future__ import annotations
