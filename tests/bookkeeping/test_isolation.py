@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_dp as ldp
 from lightning_dp.bookkeeping.axes import SampleAxis
-from lightning_dp.bookkeeping.rules.generic import _isolated, _masked
+from lightning_dp.bookkeeping.rules.generic import _isolate, _masked
 from tests.models import parameters, trainer, updates
 
 
@@ -79,23 +79,24 @@ class Function:
         return (self.run(trained[0], others[0]),)
 
 
-def isolated(run: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+def isolated(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, upstream: Tensor | None = None) -> Tensor:
     function, axis = Function(run, torch.tensor([1.0, 2.0])), SampleAxis(0, 1)
-    arguments = (x,), (torch.ones_like(x),), (axis,)
-    rows, outputs = _masked(function, *arguments, len(x))  # type: ignore[arg-type]
-    saved, gradients, axes = arguments
-    found = _isolated("f", function, saved, [axis], gradients, axes, rows, outputs)  # type: ignore[arg-type]
-    assert found[0] is not None
-    return found[0]
+    gradients, axes = (torch.ones_like(x) if upstream is None else upstream,), (axis,)
+    rows = _masked(function, (x,), gradients, axes, len(x))  # type: ignore[arg-type]
+    _isolate(rows, function, (x,), [axis], gradients, axes)  # type: ignore[arg-type]
+    assert rows[0] is not None
+    return rows[0]
 
 
-def test_a_derivative_that_is_not_finite_is_an_error_where_it_would_spoil_the_others() -> None:
+P, OTHERS = torch.tensor([1.0, 2.0]), torch.arange(4) != 2
+
+
+def test_a_derivative_that_is_not_finite_is_kept_from_the_others() -> None:
     x = torch.rand(4, 2) + 1
     x[2, 0] = 0  # where the root has no derivative
-    with pytest.raises(
-        ldp.UnsupportedModelError, match="'f' of a trained parameter has a derivative that is not finite"
-    ):
-        isolated(lambda p, x: (p * x).sqrt(), x)
+    found = isolated(lambda p, x: (p * x).sqrt(), x)
+    torch.testing.assert_close(found[OTHERS], (x / (2 * (P * x).sqrt()))[OTHERS])
+    assert not bool(found[2].isfinite().all())
 
 
 def test_an_output_that_is_not_finite_is_kept_from_the_others() -> None:
@@ -103,11 +104,44 @@ def test_an_output_that_is_not_finite_is_kept_from_the_others() -> None:
     x = torch.rand(4, 2)
     x[2, 0] = 100.0
     found = isolated(lambda p, x: (p * x).exp(), x)
-    exact = x * (torch.tensor([1.0, 2.0]) * x).exp()
-    others = torch.arange(4) != 2
-    torch.testing.assert_close(found[others], exact[others])
-    assert bool(found[2].isnan().all())
+    torch.testing.assert_close(found[OTHERS], (x * (P * x).exp())[OTHERS])
+    assert not bool(found[2].isfinite().all())
 
 
-def test_where_nothing_is_finite_nothing_is_changed() -> None:
-    assert bool(isolated(lambda p, x: p * x, torch.full((3, 2), torch.nan)).isnan().all())
+def test_an_infinite_argument_that_means_nothing_is_none() -> None:
+    """As a mask of minus infinity, which all samples have."""
+    x = torch.rand(4, 2)
+    x[:, 1] = -torch.inf
+    x[2, 0] = torch.nan
+    found = isolated(lambda p, x: (x + p[0]).softmax(1) * p[0], x)
+    torch.testing.assert_close(found[OTHERS], torch.tensor([[1.0, 0.0]]).expand(3, 2))
+    assert not bool(found[2].isfinite().all())
+
+
+def test_gradients_that_come_back_not_finite_are_their_samples_own() -> None:
+    x, upstream = torch.rand(4, 2), torch.ones(4, 2)
+    upstream[2] = torch.nan
+    upstream[0] = torch.inf
+    found = isolated(lambda p, x: p * x, x, upstream)
+    torch.testing.assert_close(found[[1, 3]], x[[1, 3]])
+    assert not bool(found[[0, 2]].isfinite().any())
+
+
+class Token(Bag):
+    """A trained row for every sample, by a function that takes nothing else."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        (row, *_) = self.table.weight
+        return (torch.stack([row] * len(batch[1])).sum(1, keepdim=True) * batch[1]).square().sum(1).mean()
+
+
+def test_a_function_without_other_arguments() -> None:
+    weight = torch.rand(8, 3).double()
+    weight[5] = torch.nan
+    module = Token()
+    before = parameters(module)
+    data = DataLoader(TensorDataset(torch.zeros(8), weight), batch_size=8)
+    trainer(ldp.DPStrategy(noise_multiplier=0, max_grad_norm=1.0), max_steps=1).fit(module, data)
+    (update,) = updates(module, before).values()
+    assert bool(update.isfinite().all())
+    assert float(update.abs().max()) > 0.1  # of seven samples, most of them clipped to 1

@@ -53,10 +53,10 @@ def generic(operation: Operation) -> Recording:
             rows = _sliced(replay, saved, axes, gradients, layout.outputs, num_samples)
         if rows is None:
             method = MASKED
-            rows, outputs = _masked(replay, saved, gradients, layout.outputs, num_samples)
+            rows = _masked(replay, saved, gradients, layout.outputs, num_samples)
             if not shared:
                 _check_unshared(operation_name, gradients, layout.outputs)
-                rows = _isolated(operation_name, replay, saved, axes, gradients, layout.outputs, rows, outputs)
+                _isolate(rows, replay, saved, axes, gradients, layout.outputs)
         for file, g in zip(replay.files, rows, strict=True):
             if g is not None:
                 file(Dense(g, method))
@@ -148,77 +148,58 @@ def _masked(
     gradients: tuple[Tensor, ...],
     output_axes: tuple[SampleAxis | None, ...],
     num_samples: int,
-) -> tuple[list[Tensor | None], Outputs]:
-    """Return the gradients of the samples in turn, and the outputs of the function."""
+    at: int | None = None,
+) -> list[Tensor | None]:
+    """Return the gradients of all samples, or of the one at a place alone (``[1, *parameter.shape]``)."""
     trained = tuple(t.detach().requires_grad_() for t in replay.trained)
     with torch.enable_grad():
         outputs = replay(trained, tuple(t.detach() for t in saved))
     used = [k for k, t in enumerate(outputs) if t.requires_grad]
     if not used:  # not differentiable
-        return [None] * len(trained), outputs
+        return [None] * len(trained)
     upstream = [_one_at_a_time(gradients[k], _axis(output_axes, k), num_samples) for k in used]
-    return batched_gradients([outputs[k] for k in used], trained, upstream), outputs
+    if at is not None:
+        upstream = [g[at : at + 1] for g in upstream]
+    return batched_gradients([outputs[k] for k in used], trained, upstream)
 
 
-def _isolated(
-    name: str,
+def _isolate(
+    rows: list[Tensor | None],
     replay: Replay,
     saved: tuple[Tensor, ...],
     axes: list[SampleAxis | None],
     gradients: tuple[Tensor, ...],
     output_axes: tuple[SampleAxis | None, ...],
-    rows: list[Tensor | None],
-    outputs: Outputs,
-) -> list[Tensor | None]:
-    """Return the gradients such that a sample which is not finite makes no other one so.
+) -> None:
+    """Write over the gradients that are not finite what they are where no other sample takes part.
 
-    The gradients of all others pass through its activations as zeros, and zero times infinity is not a number. So the
-    rows of such a sample are replaced by those of a finite one; its own gradient is then given as not a number.
-
-    Raises:
-        UnsupportedModelError: If several gradients are not finite although their rows are: which of them spoiled the
-            others is not known.
+    The gradients of all others pass through the activations of a sample as zeros, and zero times infinity is not a
+    number. So the function runs once more on a batch of nothing but the sample that is asked for.
     """
-    if all(bool(g.isfinite().all()) for g in rows if g is not None):
-        return rows
-    num_samples = next(len(g) for g in rows if g is not None)
-    spoiled = _not_finite([*zip(saved, axes, strict=True)], num_samples)
-    spoiled |= _not_finite([(t, _axis(output_axes, k)) for k, t in enumerate(outputs)], num_samples)
-    if bool(spoiled.all()):
-        return rows
-    if bool(spoiled.any()):
-        finite = int((~spoiled).nonzero()[0])
-        replaced = tuple(
-            t if axis is None or not _is_real_or_complex(t) else _with_rows_of(t, axis, finite, spoiled)
-            for t, axis in zip(saved, axes, strict=True)
-        )
-        rows, _ = _masked(replay, replaced, gradients, output_axes, num_samples)
-        rows = [None if g is None else g.index_fill(0, spoiled.nonzero()[:, 0], torch.nan) for g in rows]
-    others = _not_finite([(g, SampleAxis(0, 1)) for g in rows if g is not None], num_samples) & ~spoiled
-    if int(others.sum()) > 1:
-        raise UnsupportedModelError(
-            f"'{name}' of a trained parameter has a derivative that is not finite for a sample of this batch, and runs "
-            "on all samples at once, so that it cannot be kept from the gradients of the others. Keep its arguments "
-            "away from such points (for example by clamp), or train without the book: "
-            "DPStrategy(clipping_engine='loop')."
-        )
-    return rows
+    found = [g for g in rows if g is not None]
+    for i in _not_finite(found):
+        num_samples = len(found[0])
+        alone = tuple(_repeated(t, axis, i, num_samples) for t, axis in zip(saved, axes, strict=True))
+        its_own = _masked(replay, alone, gradients, output_axes, num_samples, i)
+        for g, own in zip(rows, its_own, strict=True):
+            if g is not None and own is not None:
+                g[i] = own[0]
 
 
-def _not_finite(tensors: Sequence[tuple[Tensor, SampleAxis | None]], num_samples: int) -> Tensor:
-    """Return the mask of the samples whose rows of any of the tensors are not all finite, ``[B]``."""
-    found = torch.zeros(num_samples, dtype=torch.bool, device=tensors[0][0].device)
-    for t, axis in tensors:
-        if axis is not None and _is_real_or_complex(t):
-            found |= ~axis.split(t.detach(), num_samples).isfinite().flatten(1).all(1)
+def _not_finite(rows: Sequence[Tensor]) -> list[int]:
+    """Return the samples for which any of the gradients ``[B, ...]`` is not finite."""
+    if not rows:
+        return []
+    found: list[int] = (~torch.stack([g.flatten(1).isfinite().all(1) for g in rows]).all(0)).nonzero()[:, 0].tolist()
     return found
 
 
-def _with_rows_of(t: Tensor, axis: SampleAxis, sample: int, spoiled: Tensor) -> Tensor:
-    """Return a tensor in which the rows of some samples are those of another."""
-    rows = axis.split(t, len(spoiled))
-    mask = spoiled.view(-1, *[1] * (rows.dim() - 1))
-    return axis.join(torch.where(mask, rows[sample], rows)[None])[0]
+def _repeated(t: Tensor, axis: SampleAxis | None, sample: int, num_samples: int) -> Tensor:
+    """Return a tensor in which the rows of every sample are those of one; indices are as finite as they were."""
+    if axis is None or t.layout is not torch.strided or _is_index(t, axis):
+        return t
+    rows = axis.split(t, num_samples)
+    return axis.join(rows[sample].expand_as(rows)[None])[0]
 
 
 def _one_at_a_time(g: Tensor, axis: SampleAxis | None, num_samples: int) -> Tensor:
