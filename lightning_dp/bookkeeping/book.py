@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_dp.bookkeeping.bundles import Bundle, bundles_of
-from lightning_dp.bookkeeping.cancelling import gradient_of, norms_sq_of
-from lightning_dp.bookkeeping.entries import Dense, Entry, Kept, lengths
+from lightning_dp.bookkeeping.cancelling import found_again, gradient_of, norms_sq_of
+from lightning_dp.bookkeeping.entries import Dense, Entry, Kept
 from lightning_dp.bookkeeping.layout import Key
 from lightning_dp.bookkeeping.pairs import FEW, added, combined
 from lightning_dp.bookkeeping.precision import without_autocast
@@ -84,8 +84,9 @@ class Book:
     spare: int = SPARE
     """Elements that may still be held beyond what came back through the graph, for gradients that are materialised."""
     _bundles: list[Bundle] = field(default_factory=list)
-    _alone: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    """Gradients of samples that nearly cancel, by parameter, from `norm_sq` to `pour`: see ``cancelling``."""
+    _alone: dict[str, dict[int, Tensor | None]] = field(default_factory=dict)
+    """Samples that nearly cancel, by parameter, from `norm_sq` to `pour`, and their gradients as memory allows:
+    see ``cancelling``."""
 
     def file(self, target: Target, entry: Entry) -> None:
         """Add an entry of a parameter or a derived tensor."""
@@ -177,10 +178,11 @@ class Book:
             if mask is not None:
                 masks[name] = mask
         for name, i in _marked(masks):
-            gradient = gradient_of(self.entries[name], i)
+            norms[name][i], gradient = found_again(self.entries[name], i)
             if gradient is not None:
-                self._alone.setdefault(name, {})[i] = gradient
-                norms[name][i] = lengths(gradient[None]).square().item()
+                fits = gradient.numel() <= self.spare
+                self.spare -= gradient.numel() if fits else 0
+                self._alone.setdefault(name, {})[i] = gradient if fits else None
         return norms
 
     def weighted_sums(
@@ -222,11 +224,13 @@ class Book:
             for name in list(reversed(self.entries) if names is None else names):
                 alone = self._alone.pop(name, {})
                 together = keep.index_fill(0, torch.tensor(list(alone), device=keep.device), False) if alone else keep
-                for entry in self.entries.pop(name, ()):
+                entries = self.entries.pop(name, [])
+                for entry in entries:
                     part = entry.where(together) if drop or alone else entry
                     sums[name] = part.weighted_sum(weight, sums.get(name))
-                for i, gradient in alone.items():
+                for i, held in alone.items():
                     if keep[i]:
+                        gradient = gradient_of(entries, i) if held is None else held
                         sums[name].add_(gradient.to(sums[name]) * weight[i].to(sums[name]))
 
 

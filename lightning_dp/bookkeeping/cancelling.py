@@ -16,20 +16,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import Dense, Entry
+from lightning_dp.bookkeeping.entries import Dense, Entry, lengths
 from lightning_dp.bookkeeping.pairs import inner
 
-_SHARE, _SHARE_OF_ALIKE = 1e-4, 1e-2
-"""Of the squared norm that a gradient would have if nothing cancelled, of which float32 rounds off a thousandth of the
-first. The second is divided by the number of terms: of random direction, T cancel to a share of 1 / T unharmed."""
+_SHARE = 3e-4
+"""Of the squared norm that a gradient would have if nothing cancelled: float32 rounds off a few 1e-4 of it."""
+
+_SHARE_OF_RANDOM = 0.5
+"""The same, divided by the number of terms: of random direction, T cancel to a share of 1 / T unharmed."""
+
+_NEGLIGIBLE = 1e-12
+"""A gradient that cannot be longer counts as long as it could be: nobody clips to so small a bound."""
 
 
 def norms_sq_of(entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]:
     """Return the squared norm of the sum of the entries of one parameter, cross terms included, ``[B]``.
 
     Returns:
-        The norms, and a mask ``[B]`` of the samples that nearly cancel, of which `gradient_of` is to be asked; ``None``
-        if none can.
+        The norms, and a mask ``[B]`` of the samples that nearly cancel or underflow, which `found_again` is to be asked
+        about; ``None`` if none can.
     """
     own = [e.norm_sq() for e in entries]
     total = own[0]
@@ -40,15 +45,22 @@ def norms_sq_of(entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]:
         for i, e in enumerate(entries):
             for f in entries[:i]:
                 total = total + 2 * inner(e, f)
-    share = max(_SHARE, _SHARE_OF_ALIKE / sum(e.num_terms for e in entries))
+    share = min(_SHARE, _SHARE_OF_RANDOM / sum(e.num_terms for e in entries))
     most = torch.stack([e.uncancelled().to(total) for e in entries]).sum(0)
     return total, total < share * most.square()
 
 
-def gradient_of(entries: Sequence[Entry], i: int) -> Tensor | None:
-    """Return the materialised gradient of sample ``i``; ``None`` if it is zero."""
-    if not any(bool(e.g[i].any()) for e in entries):
-        return None
+def found_again(entries: Sequence[Entry], i: int) -> tuple[float, Tensor | None]:
+    """Return the squared norm of sample ``i``, and its materialised gradient; ``None`` if that is next to nothing."""
+    most = sum(e.uncancelled_of(i) for e in entries)
+    if most < _NEGLIGIBLE:
+        return most**2, None
+    gradient = gradient_of(entries, i)
+    return float(lengths(gradient[None]).square()), gradient
+
+
+def gradient_of(entries: Sequence[Entry], i: int) -> Tensor:
+    """Return the materialised gradient of sample ``i``, the same numbers whenever it is asked for."""
     first, *others = (e.gradient_of(i) for e in entries)
     for other in others:
         first = first + other

@@ -92,6 +92,10 @@ class Entry(ABC):
         """Return the norm that every sample's gradient would have if no terms cancelled, ``[B]``."""
         return self.norm_sq().sqrt()
 
+    def uncancelled_of(self, i: int) -> float:
+        """Return the same for one sample, in 64 bits."""
+        return float(lengths(self.gradient_of(i)[None]))
+
     def gradient_of(self, i: int) -> Tensor:
         """Return the materialised gradient of sample ``i``, ``[*parameter.shape]``."""
         one = torch.zeros(self.num_samples, device=self.device)

@@ -96,6 +96,10 @@ class Outer(Entry):
             )
         return self._uncancelled
 
+    def uncancelled_of(self, i: int) -> float:
+        """Return the same for one sample, in 64 bits."""
+        return float((lengths(self.a[i]) * lengths(self.g[i])).sum())
+
     def gradient_of(self, i: int) -> Tensor:
         """Return ``g_i^T a_i``."""
         return (self.g[i].t() @ self.a[i]).view(self._shape)

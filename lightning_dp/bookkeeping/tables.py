@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dp.bookkeeping.entries import Entry, masked
+from lightning_dp.bookkeeping.entries import Entry, lengths, masked
 from lightning_dp.bookkeeping.precision import accurate
 
 
@@ -65,8 +65,19 @@ class Rows(Entry):
         return self.index.shape[1]
 
     def uncancelled(self) -> Tensor:
-        """Return the sum of the norms of all positions."""
-        return torch.linalg.vector_norm(self.g, dim=-1).sum(1)
+        """Return what the norm would be if the positions of one row of the table did not cancel."""
+        own = torch.linalg.vector_norm(self.g, dim=-1)
+        rows = own.new_zeros(own.shape[0], self.num_rows).scatter_add_(1, self.index, own)
+        return torch.linalg.vector_norm(rows, dim=1)
+
+    def uncancelled_of(self, i: int) -> float:
+        """Return the sum of the norms of all positions of a sample, in 64 bits."""
+        return float(lengths(self.g[i]).sum())
+
+    def gradient_of(self, i: int) -> Tensor:
+        """Return the table of one sample."""
+        table = self.g.new_zeros(self.num_rows, self.g.shape[-1])
+        return table.index_add_(0, self.index[i], self.g[i]).view(self._shape)
 
     def weighted_sum(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return one table."""

@@ -40,16 +40,18 @@ def opposite(size: float, num_positions: int = 2) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("spare", [2**20, 0])
 @pytest.mark.parametrize("uses", ["one", "two", "rows"])
 @pytest.mark.parametrize("at", [0, 2, 4])
-def test_what_cancels_takes_no_digits_from_the_others(uses: str, at: int) -> None:
+def test_what_cancels_takes_no_digits_from_the_others(uses: str, at: int, spare: int) -> None:
+    """Whether there is memory to hold its gradient, or not."""
     torch.manual_seed(0)
     a, g = torch.randn(4, 20, 64), torch.randn(4, 20, 16)
     bad_a, bad_g = opposite(2.0**40, 20)
 
     def book(bad: bool) -> Book:
         rows = [(torch.cat([t[:at], other, t[at:]]) if bad else t) for t, other in ((a, bad_a), (g, bad_g))]
-        book = Book(len(rows[0]))
+        book = Book(len(rows[0]), spare=spare)
         if uses == "one":
             book.entries["w"] = [Outer(*rows)]
         elif uses == "two":
@@ -110,6 +112,29 @@ def test_norms_hold_where_each_of_two_uses_cancels(kinds: str, share: float) -> 
         "dense and product": ([Outer(a, g), Dense(in_row.float())], product + in_row),
     }
     check(*entries[kinds], 3e-3)
+
+
+def flagged(*entries: Entry) -> list[int]:
+    book = Book(entries[0].num_samples, {"w": list(entries)})
+    book.norm_sq()
+    return list(book._alone.get("w", {}))
+
+
+def test_what_does_not_cancel_is_left_in_the_sum() -> None:
+    """Random directions, differences of inputs that are alike, rows of a table, and gradients of next to nothing."""
+    torch.manual_seed(0)
+    a, g = torch.randn(8, 20_000, 8), torch.randn(8, 20_000, 8)
+    assert flagged(Outer(a, g)) == []
+    own = torch.rand(8, 100, 2)
+    torch.testing.assert_close(
+        Rows(torch.arange(100).expand(8, -1), own, 200).uncancelled(), own.flatten(1).norm(dim=1)
+    )
+    torch.testing.assert_close(Rows(torch.zeros(8, 100).long(), own, 200).uncancelled(), own.norm(dim=2).sum(1))
+    one, back = torch.randn(8, 1, 64), torch.randn(8, 1, 32)
+    pair = torch.cat([one, one + 0.1 * torch.randn(8, 1, 64)], 1), torch.cat([back, -back], 1)
+    assert flagged(Outer(*pair)) == []
+    assert flagged(Outer(a[:, :50], 1e-25 * g[:, :50])) == []
+    assert flagged(Outer(a[:, :50], 0 * g[:, :50])) == []
 
 
 @pytest.mark.parametrize(("inputs", "gradients"), [(2e-23, 5e17), (2e-24, 5e17), (1e20, 1e-12), (3e18, 1e-18)])
