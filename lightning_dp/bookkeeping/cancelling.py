@@ -45,7 +45,7 @@ def norms_sq_of(entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]:
         for i, e in enumerate(entries):
             for f in entries[:i]:
                 total = total + 2 * inner(e, f)
-    share = min(_SHARE, _SHARE_OF_RANDOM / sum(e.num_terms for e in entries))
+    share = min(_SHARE, _SHARE_OF_RANDOM / max(1, sum(e.num_terms for e in entries)))
     most = torch.stack([e.uncancelled().to(total) for e in entries]).sum(0)
     return total, total < share * most.square()
 

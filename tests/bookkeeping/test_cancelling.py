@@ -137,6 +137,14 @@ def test_what_does_not_cancel_is_left_in_the_sum() -> None:
     assert flagged(Outer(a[:, :50], 0 * g[:, :50])) == []
 
 
+def test_samples_without_positions_have_a_gradient_of_zero() -> None:
+    nothing = torch.zeros(2, 0, 3)
+    for entry in (Outer(nothing, nothing), Rows(torch.zeros(2, 0).long(), nothing, 3)):
+        book = Book(2, {"w": [entry]})
+        assert book.norm_sq().tolist() == [0, 0]
+        assert not bool(book.weighted_sums(torch.ones(2))["w"].any())
+
+
 @pytest.mark.parametrize(("inputs", "gradients"), [(2e-23, 5e17), (2e-24, 5e17), (1e20, 1e-12), (3e18, 1e-18)])
 def test_norms_hold_where_squares_leave_the_range_of_numbers(inputs: float, gradients: float) -> None:
     a, g = torch.full((2, 64, 1024), inputs), torch.full((2, 64, 8), gradients)

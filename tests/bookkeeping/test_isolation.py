@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_dp as ldp
 from lightning_dp.bookkeeping.axes import SampleAxis
-from lightning_dp.bookkeeping.rules.generic import _isolate, _masked
+from lightning_dp.bookkeeping.rules.generic import _isolated, _masked
 from tests.models import parameters, trainer, updates
 
 
@@ -83,9 +83,9 @@ def isolated(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, upstream: Tenso
     function, axis = Function(run, torch.tensor([1.0, 2.0])), SampleAxis(0, 1)
     gradients, axes = (torch.ones_like(x) if upstream is None else upstream,), (axis,)
     rows = _masked(function, (x,), gradients, axes, len(x))  # type: ignore[arg-type]
-    _isolate(rows, function, (x,), [axis], gradients, axes)  # type: ignore[arg-type]
-    assert rows[0] is not None
-    return rows[0]
+    (found,) = _isolated(rows, function, (x,), [axis], gradients, axes)  # type: ignore[arg-type]
+    assert found is not None
+    return found
 
 
 P, OTHERS = torch.tensor([1.0, 2.0]), torch.arange(4) != 2
@@ -145,3 +145,10 @@ def test_a_function_without_other_arguments() -> None:
     (update,) = updates(module, before).values()
     assert bool(update.isfinite().all())
     assert float(update.abs().max()) > 0.1  # of seven samples, most of them clipped to 1
+
+
+def test_gradients_that_share_their_memory() -> None:
+    x = torch.rand(4, 2)
+    x[2, 0] = torch.nan
+    found = isolated(lambda p, x: p.sum() * x.sum(1, keepdim=True), x, torch.ones(4, 1))
+    torch.testing.assert_close(found[OTHERS], x.sum(1, keepdim=True).expand(4, 2)[OTHERS])

@@ -56,7 +56,7 @@ def generic(operation: Operation) -> Recording:
             rows = _masked(replay, saved, gradients, layout.outputs, num_samples)
             if not shared:
                 _check_unshared(operation_name, gradients, layout.outputs)
-                _isolate(rows, replay, saved, axes, gradients, layout.outputs)
+                rows = _isolated(rows, replay, saved, axes, gradients, layout.outputs)
         for file, g in zip(replay.files, rows, strict=True):
             if g is not None:
                 file(Dense(g, method))
@@ -163,27 +163,31 @@ def _masked(
     return batched_gradients([outputs[k] for k in used], trained, upstream)
 
 
-def _isolate(
+def _isolated(
     rows: list[Tensor | None],
     replay: Replay,
     saved: tuple[Tensor, ...],
     axes: list[SampleAxis | None],
     gradients: tuple[Tensor, ...],
     output_axes: tuple[SampleAxis | None, ...],
-) -> None:
-    """Write over the gradients that are not finite what they are where no other sample takes part.
+) -> list[Tensor | None]:
+    """Return the gradients, with those that are not finite as they are where no other sample takes part.
 
     The gradients of all others pass through the activations of a sample as zeros, and zero times infinity is not a
     number. So the function runs once more on a batch of nothing but the sample that is asked for.
     """
-    found = [g for g in rows if g is not None]
-    for i in _not_finite(found):
-        num_samples = len(found[0])
+    spoiled = _not_finite([g for g in rows if g is not None])
+    if not spoiled:
+        return rows
+    rows = [None if g is None else g.clone() for g in rows]  # rows may share their memory
+    num_samples = next(len(g) for g in rows if g is not None)
+    for i in spoiled:
         alone = tuple(_repeated(t, axis, i, num_samples) for t, axis in zip(saved, axes, strict=True))
         its_own = _masked(replay, alone, gradients, output_axes, num_samples, i)
         for g, own in zip(rows, its_own, strict=True):
             if g is not None and own is not None:
                 g[i] = own[0]
+    return rows
 
 
 def _not_finite(rows: Sequence[Tensor]) -> list[int]:
