@@ -91,9 +91,8 @@ class Outer(Entry):
     def uncancelled(self) -> Tensor:
         """Return ``sum_t |a_it| |g_it|``; infinity where Gram matrices underflow."""
         if self._uncancelled is None:
-            self._uncancelled = (torch.linalg.vector_norm(self.a, dim=2) * torch.linalg.vector_norm(self.g, dim=2)).sum(
-                1
-            )
+            inputs, outputs = (torch.linalg.vector_norm(t, dim=2) for t in (self.a, self.g))
+            self._uncancelled = (inputs * outputs).sum(1)
         return self._uncancelled
 
     def uncancelled_of(self, i: int) -> float:
