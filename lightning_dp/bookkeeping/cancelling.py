@@ -60,7 +60,7 @@ def found_again(entries: Sequence[Entry], i: int) -> tuple[float, Tensor | None]
 
 
 def gradient_of(entries: Sequence[Entry], i: int) -> Tensor:
-    """Return the materialised gradient of sample ``i``, the same numbers whenever it is asked for."""
+    """Return the materialised gradient of sample ``i``: where kernels add in one order, always the same numbers."""
     first, *others = (e.gradient_of(i) for e in entries)
     for other in others:
         first = first + other

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_dp.bookkeeping.book import Book
 from lightning_dp.bookkeeping.comparing import Gradients, Sums, merged, squared_lengths
-from lightning_dp.bookkeeping.draws import EqualDraws, Shapes
+from lightning_dp.bookkeeping.draws import EqualDraws
 from lightning_dp.bookkeeping.random_state import RandomState
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
@@ -77,20 +77,15 @@ class Passes:
         self._values = {name: buffer.detach().clone() for name, buffer in subject.state.items()}
 
     @cached_property
-    def drawn_for_two(self) -> list[Shapes]:
-        """What a pass over two samples draws."""
-        with EqualDraws() as draws:
-            self.books("ab")
-        return draws.drawn
-
-    @cached_property
     def equal_draws(self) -> Callable[[], EqualDraws]:
         """Return the context of a pass in which all samples get the same random draws."""
-        if not self.drawn_for_two:
+        with EqualDraws() as of_two:
+            self.books("ab")
+        if not of_two.drawn:  # nothing is to be made equal, whatever three draw
             return EqualDraws
         with EqualDraws() as of_three:
             self.books("aab")
-        return lambda: EqualDraws(self.drawn_for_two, of_three.drawn)
+        return lambda: EqualDraws(of_two.drawn, of_three.drawn)
 
     def contribution(self, samples: str, at: int, scale: float = 1.0) -> Gradients:
         """Return the gradients in the books of the sample at a place, times a number."""
